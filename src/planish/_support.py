@@ -1,0 +1,87 @@
+"""What every room needs: the one sentence of a bad argument, optional packages, own exceptions, warnings.
+
+Nothing here knows about any room.
+"""
+
+import importlib
+import logging
+import warnings
+from types import ModuleType
+
+logger = logging.getLogger("planish")
+
+
+class PlanishWarning(UserWarning):
+    """A degraded path was taken: slower, larger or less accurate than asked, and why."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint on disk cannot be read or written faithfully; the sentence names the tensor or file."""
+
+
+class MissingExtra(ImportError):
+    """An optional package is absent; the sentence holds the `pip install` line that adds it."""
+
+
+class NotConverged(RuntimeError):
+    """An iteration stopped before its tolerance; `best` carries the best iterate."""
+
+    def __init__(self, message: str, best: object = None) -> None:
+        super().__init__(message)
+        self.best = best
+
+
+def bad(where: str, name: str, allowed: str, got: object) -> ValueError:
+    """Build the ValueError of a bad argument in the house's fixed sentence.
+
+    Args:
+        where: Whose argument it is: the public callable's name, with the block or layer where known.
+        name: The argument's name.
+        allowed: What it must be, as in "must be ...".
+        got: What came.
+
+    Returns:
+        The exception, to be raised by the caller.
+
+    Example:
+        >>> str(bad("smoothquant_plus", "alpha", "a float in [0, 1]", 1.5))
+        'smoothquant_plus: `alpha` must be a float in [0, 1]; got 1.5.'
+    """
+    return ValueError(f"{where}: `{name}` must be {allowed}; got {got!r}.")
+
+
+def require(package: str, extra: str, why: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it.
+
+    Args:
+        package: Dotted module name, e.g. "matplotlib.pyplot".
+        extra: The extra of planish that installs it.
+        why: What needs it, as the subject of the sentence.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtra: The package is not installed.
+
+    Example:
+        >>> require("json", "demo", "this example").loads("1")
+        1
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        top = package.partition(".")[0]
+        if getattr(error, "name", None) not in {None, top, package}:
+            raise  # the package is there but broken: its own message says more
+        raise MissingExtra(f"{why} needs `{top}`: pip install 'planish[{extra}]'") from None
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Emit a PlanishWarning, once per message and process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, PlanishWarning, stacklevel=3)
