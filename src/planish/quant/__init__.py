@@ -1,0 +1,1 @@
+"""Make a torch model 4-bit."""

@@ -1,0 +1,283 @@
+"""The pass: a loop one can read.
+
+A method is a record of steps; a paper is a function that returns such a record. The engine knows no method by name.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from planish._support import bad
+from planish.quant import fold
+from planish.quant.formats import Affine, Format
+from planish.quant.layers import QLinear
+from planish.quant.moments import measure
+from planish.quant.report import BlockReport, Report
+from planish.quant.rounding import Nearest
+from planish.quant.sites import Site, find_sites, is_linear, rebind, weight_of
+from planish.quant.stream import Block, Stream, Weights, restore_dtype, round_off
+from planish.quant.transforms import Transform
+
+logger = logging.getLogger("planish")
+
+
+def no_transform(site: Site, method: "Method") -> Transform | None:
+    """Leave the activation as it is."""
+    return None
+
+
+def no_refine(block: Block, method: "Method") -> None:
+    """Leave the rounded block as it is."""
+
+
+def no_plan(walk: "Walk", method: "Method") -> "Method":
+    """Take the method as it is: nothing about it depends on the whole model."""
+    return method
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize, as a record of steps; composing methods is `dataclasses.replace`.
+
+    Attributes:
+        name: What the report and the checkpoint call it.
+        weight: Grid of the weights.
+        act: Grid of the activations; None keeps them in float.
+        plan: Looks at the whole model before the pass and returns the method made concrete (a searched alpha).
+        transform: Exact: the site -> what its activation is to go through, or None.
+        round: Lossy: the site, already transformed -> its new layers by name.
+        refine: After a block is rounded: may adjust its scales.
+        feed: Which inputs the rounding step sees: "quantized" (what the blocks before really give) or "float".
+        findings: What the plan found on its way (JSON-able), for the report.
+    """
+
+    name: str = "rtn"
+    weight: Affine = field(default_factory=Affine)
+    act: Format | None = None
+    plan: Callable[["Walk", "Method"], "Method"] = no_plan
+    transform: Callable[[Site, "Method"], Transform | None] = no_transform
+    round: Callable[[Site, "Method"], dict[str, nn.Module]] = field(default_factory=Nearest)
+    refine: Callable[[Block, "Method"], None] = no_refine
+    feed: str = "quantized"
+    findings: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.feed not in ("quantized", "float"):
+            raise bad("Method", "feed", "'quantized' or 'float'", self.feed)
+
+
+class Journal(Protocol):
+    """Where finished blocks and decisions are kept, so that an interrupted run goes on and ends with the same bytes."""
+
+    def restore(self, index: int, block: Block) -> BlockReport | None:
+        """Put a finished block's layers in place (see `place`) and return its report; None if it is not finished.
+
+        The block comes in float: what it makes of its inputs goes into the report's `clean` first.
+        """
+
+    def store(self, index: int, block: Block, entry: BlockReport) -> None:
+        """Keep a finished block."""
+
+    def recall(self, key: str) -> Any | None:  # noqa: ANN401  (JSON)
+        """Return what was remembered under a key, or None."""
+
+    def remember(self, key: str, value: Any) -> None:  # noqa: ANN401
+        """Keep a decision (JSON-able) under a key."""
+
+
+class Walk:
+    """A model, its batches and what is known of its blocks: what `quantize` and the searches walk over.
+
+    Args:
+        model: Any module.
+        batches: See `quantize`.
+        skip: See `quantize`.
+        device: See `quantize`.
+        weights: See `quantize`.
+        progress: Called as progress(stage, done, total) after every block.
+        journal: See `quantize`.
+
+    Raises:
+        ValueError: See `quantize`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        skip: Sequence[str] = ("lm_head",),
+        device: torch.device | str | None = None,
+        weights: Weights | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+        journal: "Journal | None" = None,
+    ) -> None:
+        if any(isinstance(m, QLinear) for m in model.modules()):
+            raise bad("quantize", "model", "a float model", "one that holds QLinear layers already")
+        self.model, self.skip = model, tuple(skip)
+        self.stream = Stream(model, batches, device=device, weights=weights)
+        self.journal = journal
+        self.progress = progress or (lambda stage, done, total: None)
+        self.known: dict[Any, list[Site]] = {}
+
+    def skipped(self, block: str) -> Callable[[str], bool]:
+        """Return the test of names in a block: True for layers that stay in float."""
+        prefix = block + "." if block else ""
+
+        def test(name: str) -> bool:
+            full = prefix + name
+            return any(fnmatchcase(full, p) or full.endswith("." + p) or full == p for p in self.skip)
+
+        return test
+
+    def sites(self, block: Block) -> list[Site]:
+        """Return the sites of a block, probing each shape of block once."""
+        return find_sites(block, self.skipped(block.name), self.known)
+
+
+def process(block: Block, sites: list[Site], method: Method, *, check: bool = True) -> dict[str, bool]:
+    """Apply a method's exact steps, then its lossy ones, to one block in place.
+
+    The block is left with dense layers that hold the rounded values, so that what follows runs at full speed; the
+    layers proper lie in `block.finished` until `settle` puts them in.
+
+    Args:
+        block: The block, in float.
+        sites: Its sites, with moments.
+        method: The steps.
+        check: Verify folds; see `fold.apply`.
+
+    Returns:
+        For each site that was transformed, whether the transform was folded.
+    """
+    folded: dict[str, bool] = {}
+    for site in sites:  # 1. smooth: exact
+        transform = method.transform(site, method)
+        if transform is not None:
+            folded[site.kind] = fold.apply(block, transform, site, check=check)
+    for site in sites:  # 2. round: lossy
+        place(block, method.round(site, method))
+    method.refine(block, method)  # 3. refine
+    return folded
+
+
+def place(block: Block, layers: dict[str, nn.Module]) -> None:
+    """Put rounded layers into a block, as dense stand-ins where that computes the same."""
+    for name, layer in layers.items():
+        block.finished[name] = layer
+        stand_in = layer.dequantize() if isinstance(layer, QLinear) and layer.act is None else layer
+        block.module.set_submodule(name, stand_in)
+
+
+def settle(block: Block) -> None:
+    """Put the quantized layers proper in the place of their stand-ins."""
+    for name, layer in block.finished.items():
+        block.module.set_submodule(name, layer)
+    block.finished.clear()
+
+
+def trial(block: Block, sites: list[Site], inputs: list[Tensor], method: Method, *, check: bool) -> list[Tensor]:
+    """Return what a copy of a block, quantized by `method`, makes of `inputs`; the block stays as it is."""
+    twin = Block(block.name, copy.deepcopy(block.module), inputs, block.context, block.keep, block.first, block.device)
+    process(twin, [rebind(site, twin) for site in sites], method, check=check)
+    return list(twin.run())
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: Method | None = None,
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    device: torch.device | str | None = None,
+    weights: Weights | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    journal: Journal | None = None,
+) -> Report:
+    """Quantize a model's linear layers in place, block by block, and say what was done.
+
+    Args:
+        model: Any module; its blocks are found. Layers outside the blocks, and those that `skip` names, stay in float.
+        batches: Calibration data: any iterable of what the model takes (tensors, tuples, or dicts such as
+            `{"input_ids": ...}`). 16,000 tokens or more; fewer overfit.
+        method: What to do; default `planish.quant.best()`.
+        skip: Layers to leave in float: full names, last parts of names, or shell patterns. Default the output head.
+        device: Where blocks are processed, one at a time; default where the model is.
+        weights: Source of parameters for a model on the meta device, read block by block.
+        progress: Called as progress(stage, done, total) after every block.
+        journal: Where finished blocks and decisions are kept, so that an interrupted run goes on; see
+            `planish.quant.journal`.
+
+    Returns:
+        The report: errors by block, what was folded, sizes, seconds.
+
+    Raises:
+        ValueError: There are no batches; the model is quantized already; a weight or activation is not finite (the
+            sentence names the layer and the batch); a layer's channels do not divide into groups.
+
+    Example:
+        >>> import torch
+        >>> from planish.quant import rtn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> report = quantize(model, [torch.randn(32, 64)], rtn(group_size=32))
+        >>> len(report.blocks), type(model[0]).__name__
+        (1, 'QLinear')
+    """
+    if method is None:
+        from planish.quant.methods.best import best
+
+        method = best()
+    began = time.perf_counter()
+    walk = Walk(model, batches, skip=skip, device=device, weights=weights, progress=progress, journal=journal)
+    stream = walk.stream
+    method = method.plan(walk, method)
+    report = Report.start(model, method)
+    clean = hidden = stream.start()  # what enters a block in the float model, and in the quantized one
+    for index in range(len(stream.modules)):
+        block = stream.block(index, clean)
+        entry = journal.restore(index, block) if journal else None
+        if entry is None:
+            check_layers(block, walk.skipped(block.name), method)
+            sites = walk.sites(block)
+            clean = measure(block, sites)
+            entry = BlockReport.of(block, sites)
+            block.inputs = hidden if method.feed == "quantized" else block.inputs
+            entry.folded = process(block, sites, method)
+            round_off(block)
+        else:
+            clean = entry.clean
+        hidden = list(block.run(hidden))
+        entry.finish(block, clean, hidden)
+        settle(block)
+        restore_dtype(block)
+        if journal:
+            journal.store(index, block, entry)
+        report.add(entry)
+        stream.release(index)
+        walk.progress("quantize", index + 1, len(stream.modules))
+    report.finish(model, seconds=time.perf_counter() - began)
+    return report
+
+
+def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -> None:
+    """Refuse, by name, weights that cannot be rounded: not finite, or not divisible into groups."""
+    where = f"quantize, block {block.name or 'model'}"
+    for name, module in block.module.named_modules():
+        if not is_linear(module) or skipped(name):
+            continue
+        weight = weight_of(module)
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{where}, `{name}`: its weight holds NaN or Inf.")
+        try:
+            method.weight.n_groups(weight.shape[1])
+        except ValueError as error:
+            raise ValueError(f"{where}, `{name}`: {str(error).removeprefix('Affine: ')}") from None

@@ -1,0 +1,120 @@
+"""Make a transform part of the weights, and keep that only if the block still computes the same.
+
+The rule of acceptance is single: the block's float output stays put. It refuses what no table lists: a norm that the
+residual reads too, a router, a nonlinearity between the two layers.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from planish.quant.sites import Site, is_linear, set_weight, weight_of
+from planish.quant.stream import Block
+from planish.quant.transforms import Transform
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative, per token; norms compute in float32 even in float64
+
+
+@torch.no_grad()
+def apply(block: Block, transform: Transform, site: Site, *, check: bool = True) -> bool:
+    """Apply a transform to a site, in place: into the layer before if that is exact, else online.
+
+    Args:
+        block: The block, in float; it computes the same afterwards.
+        transform: What the activation is to go through.
+        site: Its consumers' weights change, and its producer's if the fold is accepted.
+        check: Compare the block's output before and after. Leave out only for a fold that was checked before.
+
+    Returns:
+        True if the transform was folded, False if it stays online.
+    """
+    before = block.call(*block.sample()) if check else None
+    for module in (*site.consumers.values(), *site.readers.values()):
+        _change_basis(module, transform)
+    if site.producer is not None and transform.linear:
+        for attempt in _ways(transform, site):
+            saved = {n: p.detach().clone() for n, p in site.producer.named_parameters(recurse=False)}
+            if attempt() and (before is None or _same(before, block.call(*block.sample()))):
+                return True
+            for name, parameter in site.producer.named_parameters(recurse=False):
+                parameter.copy_(saved[name])
+    keep_online(site, transform)
+    return False
+
+
+def keep_online(site: Site, transform: Transform) -> None:
+    """Let the consumers and readers of a site apply the transform to their input themselves."""
+    site.online = transform
+    for module in (*site.consumers.values(), *site.readers.values()):
+        module.register_forward_pre_hook(lambda _m, args: (transform(args[0]), *args[1:]))
+
+
+def _change_basis(module: nn.Module, transform: Transform) -> None:
+    """Rewrite a dense layer for the transformed input."""
+    weight = weight_of(module)
+    if not transform.linear:
+        bias = getattr(module, "bias", None)
+        moved = transform.bias(weight, None if bias is None else bias.detach())
+        if moved is not None and bias is None:
+            module.bias = nn.Parameter(moved, requires_grad=False)
+        elif moved is not None:
+            bias.copy_(moved)
+    set_weight(module, transform.weight(weight))
+
+
+def _ways(transform: Transform, site: Site) -> Iterator[Callable[[], bool]]:
+    """The ways in which the producer might absorb the transform, each to be tried and judged by the block's output."""
+    producer = site.producer
+    if producer is None:
+        return
+    if is_linear(producer):
+        yield lambda: _absorb_in_linear(transform, producer, site)
+    elif transform.diagonal and producer.weight.shape[-1:] == site_width(site):  # type: ignore[union-attr]
+        yield lambda: _absorb_in_norm(transform, producer, 0.0)
+        yield lambda: _absorb_in_norm(transform, producer, 1.0)  # norms that multiply by 1 + w
+
+
+def site_width(site: Site) -> tuple[int]:
+    """Return the number of channels that enter a site, as a shape."""
+    return (next(iter(site.weights.values())).shape[1],)
+
+
+def _absorb_in_norm(transform: Transform, norm: nn.Module, offset: float) -> bool:
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    bias = getattr(norm, "bias", None)
+    weight.copy_(transform(weight + offset) - offset)
+    if isinstance(bias, Tensor):
+        bias.copy_(transform(bias))
+    return True
+
+
+def _absorb_in_linear(transform: Transform, linear: nn.Module, site: Site) -> bool:
+    """Transform the output rows (and bias) of a layer; with a channel map, only the rows it names."""
+    weight = weight_of(linear)
+    bias = getattr(linear, "bias", None)
+    columns = [weight.T] if bias is None else [weight.T, bias.detach()[None]]  # (inputs or 1, outputs)
+    table = torch.cat(columns)
+    channels = site.channels
+    if channels is None:
+        table = transform(table)
+    elif transform.diagonal:
+        width = (channels.numel(),)
+        factor = table.new_ones(table.shape[1])
+        factor[channels] = transform(table.new_ones(width))  # tied: all channels of one row agree
+        table = table * factor
+    elif channels.unique().numel() == channels.numel():
+        table[:, channels] = transform(table[:, channels])
+    else:
+        return False
+    set_weight(linear, table[: weight.shape[1]].T)
+    if bias is not None:
+        bias.copy_(table[-1])
+    return True
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    """Whether two outputs agree for every token, relative to the token's size."""
+    gap = (after - before).flatten(0, -2).norm(dim=-1)
+    size = before.flatten(0, -2).norm(dim=-1).clamp(min=torch.finfo(before.dtype).tiny)
+    return bool((gap / size).max() <= _TOLERANCE.get(before.dtype, 5e-2))

@@ -1,0 +1,314 @@
+"""What a number may be: grids, and tensors represented on them.
+
+A format says how many bits a value has and which neighbours share a scale; it knows nothing of files or kernels.
+Groups run along the last axis. Every grid represents zero exactly.
+
+Legend: R rows (all leading axes), C channels (the last axis), G groups.
+"""
+
+import abc
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from planish._support import bad
+
+Limits: TypeAlias = tuple[Tensor, Tensor]
+"""Lowest and highest value each group must reach, both of shape (*rows, G); zero is always included."""
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1 magnitudes, by code
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor as a value: integer codes, the scales of their groups, and the format that reads them.
+
+    Attributes:
+        codes: Unsigned codes, one byte each, in the tensor's own shape.
+        scale: Scales, (*rows, G).
+        zero: Code that stands for zero, (*rows, G); None where the format fixes it.
+        format: The format that made it.
+    """
+
+    codes: UInt8[Tensor, "*rows channels"]
+    scale: Float[Tensor, "*rows groups"]
+    zero: UInt8[Tensor, "*rows groups"] | None
+    format: "Format"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that is represented."""
+        return tuple(self.codes.shape)
+
+    def decode(self) -> Tensor:
+        """Return the values, in the scale's precision and at least float32."""
+        return self.format.decode(self)
+
+
+@dataclass(frozen=True)
+class Format(abc.ABC):
+    """The grid on which a tensor is represented: how many bits, which neighbours share a scale."""
+
+    @abc.abstractmethod
+    def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
+        """Round a tensor to the grid; the data's own extremes set the range unless `limits` are given."""
+
+    @abc.abstractmethod
+    def decode(self, q: QTensor) -> Float[Tensor, "*rows channels"]:
+        """Return the values that the codes stand for."""
+
+    def fake(
+        self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None
+    ) -> Float[Tensor, "*rows channels"]:
+        """Round to the grid and come back, in the dtype of `x`."""
+        return self.decode(self.encode(x, limits=limits)).to(x.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able description; `format_from_dict` reads it."""
+        return {"kind": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Affine(Format):
+    """Evenly spaced integers: value = (code - zero) * scale.
+
+    Args:
+        bits: Bits of a code, 1 to 8; default 4.
+        group_size: Neighbouring channels that share a scale; None shares one over the whole row. Default 128.
+        symmetric: Fix zero in the middle of the codes (no zero points to store). Default False.
+        ragged: Allow a shorter last group where `group_size` does not divide the channels. Stock engines cannot read
+            such layers, so it is off by default and the division is checked.
+        scale_dtype: Precision in which scales are stored: "float16" (default), "bfloat16", "float32", "float64".
+            Scales are rounded first and the codes chosen for the rounded scale.
+
+    Raises:
+        ValueError: An argument is out of range; on `encode`, a value is not finite or the channels do not divide.
+
+    Source: group-wise round to nearest, SmoothQuant+ (arXiv 2312.03788), step 4; codes are clamped as well.
+
+    Example:
+        >>> import torch
+        >>> q = Affine(4, group_size=4).encode(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]))
+        >>> q.codes.tolist(), q.zero.tolist()
+        ([[0, 5, 7, 15]], [[5]])
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    ragged: bool = False
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
+            raise bad("Affine", "bits", "an integer from 1 to 8", self.bits)
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise bad("Affine", "group_size", "a positive integer or None (one scale a row)", self.group_size)
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise bad("Affine", "scale_dtype", f"one of {', '.join(SCALE_DTYPES)}", self.scale_dtype)
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero when the format is symmetric."""
+        return 1 << (self.bits - 1)
+
+    def n_groups(self, channels: int) -> int:
+        """Return how many groups a row of `channels` has, or raise ValueError where they do not divide."""
+        size = self.group_size or channels
+        if channels % size and not self.ragged:
+            whole, rest = divmod(channels, size)
+            fits = [g for g in (128, 64, 32, 16) if g < size and channels % g == 0]
+            hint = f"use group_size={fits[0]}, None, or ragged=True" if fits else "use group_size=None or ragged=True"
+            raise ValueError(
+                f"Affine: {channels} channels cannot be split in groups of {size} "
+                f"({channels} = {whole} x {size} + {rest}); {hint}."
+            )
+        return -(-channels // size)
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, int]:
+        """View as (*rows, G, group), padding a ragged last group with zeros, which no range can miss."""
+        channels = x.shape[-1]
+        groups = self.n_groups(channels)
+        size = self.group_size or channels
+        pad = groups * size - channels
+        if pad:
+            x = torch.nn.functional.pad(x, (0, pad))
+        return x.reshape(*x.shape[:-1], groups, size), channels
+
+    def ranges(self, x: Float[Tensor, "*rows channels"]) -> Limits:
+        """Return the lowest and highest value of each group, zero included."""
+        grouped, _ = self._grouped(_working(x))
+        return grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+
+    def scales(self, limits: Limits) -> tuple[Tensor, Tensor]:
+        """Return the rounded scale of each group and the code of zero, as floats of the working precision."""
+        low, high = limits[0].clamp(max=0), limits[1].clamp(min=0)
+        if self.symmetric:
+            # half a step short of the extremes: both ends are within half a step of a code
+            scale = torch.maximum(-low, high) / (self.middle - 0.5)
+        else:
+            scale = (high - low) / (2**self.bits - 1)
+        stored = SCALE_DTYPES[self.scale_dtype]
+        rounded = scale.to(stored)
+        if torch.isinf(rounded).any():
+            raise ValueError(
+                f"Affine: a scale of {scale.max().item():.3g} does not fit {self.scale_dtype}; use scale_dtype='float32'."
+            )
+        tiny = torch.finfo(stored).smallest_normal
+        rounded = torch.where(scale > 0, rounded.clamp(min=tiny), torch.ones_like(rounded)).to(scale.dtype)
+        if self.symmetric:
+            return rounded, torch.full_like(rounded, self.middle)
+        return rounded, torch.round(-low / rounded).clamp_(0, 2**self.bits - 1)
+
+    def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
+        """Round to the grid; see `Format.encode`."""
+        work = _working(x)
+        _check_finite(work)
+        grouped, channels = self._grouped(work)
+        if limits is None:
+            limits = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+        scale, zero = self.scales(limits)
+        codes = torch.div(grouped, scale[..., None]).round_().add_(zero[..., None]).clamp_(0, 2**self.bits - 1)
+        return QTensor(
+            codes=codes.to(torch.uint8).flatten(-2)[..., :channels],
+            scale=scale.to(SCALE_DTYPES[self.scale_dtype]),
+            zero=None if self.symmetric else zero.to(torch.uint8),
+            format=self,
+        )
+
+    def fake(
+        self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None
+    ) -> Float[Tensor, "*rows channels"]:
+        """Round to the grid and come back; the same values as encode and decode, without the integer copy."""
+        work = _working(x)
+        _check_finite(work)
+        grouped, channels = self._grouped(work)
+        if limits is None:
+            limits = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+        scale, zero = (t[..., None] for t in self.scales(limits))
+        codes = torch.div(grouped, scale).round_().add_(zero).clamp_(0, 2**self.bits - 1)
+        return codes.sub_(zero).mul_(scale).flatten(-2)[..., :channels].to(x.dtype)
+
+    def decode(self, q: QTensor) -> Float[Tensor, "*rows channels"]:
+        """Return the values of the codes; see `Format.decode`."""
+        scale = q.scale.to(torch.promote_types(q.scale.dtype, torch.float32))
+        grouped, channels = self._grouped(q.codes.to(scale.dtype))
+        zero = scale.new_full((), self.middle) if q.zero is None else q.zero.to(scale.dtype)[..., None]
+        return ((grouped - zero) * scale[..., None]).flatten(-2)[..., :channels]
+
+
+@dataclass(frozen=True)
+class FP4(Format):
+    """Four-bit floats (e2m1) with one e4m3 scale a group, as NVFP4 has them.
+
+    Args:
+        group_size: Neighbouring channels that share a scale; default 16.
+
+    The scale of the whole tensor is a power of two, so that the stored scale (e4m3 times that power) is exact in
+    float32 and both factors can be told apart again.
+
+    Example:
+        >>> import torch
+        >>> FP4().fake(torch.tensor([[6.0, 2.4, -0.2, 0.0] * 4]))[0, :4].tolist()
+        [6.0, 2.0, 0.0, 0.0]
+    """
+
+    group_size: int = 16
+
+    def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
+        """Round to the grid; see `Format.encode`."""
+        work = _working(x).float()
+        _check_finite(work)
+        grouped, channels = Affine(4, self.group_size)._grouped(work)
+        top = grouped.abs().amax(-1) if limits is None else torch.maximum(limits[0].abs(), limits[1].abs()).float()
+        scale = top / 6.0
+        outer = torch.exp2(torch.ceil(torch.log2(scale.amax().clamp(min=1e-30) / 448.0)))
+        scale = (scale / outer).to(torch.float8_e4m3fn).float()
+        scale = torch.where(scale > 0, scale, 2.0**-9) * outer  # smallest e4m3: an all-zero group stays zero
+        values = torch.tensor(_FP4_VALUES, device=x.device)
+        ratio = grouped / scale[..., None]
+        magnitude = torch.bucketize(ratio.abs(), (values[1:] + values[:-1]) / 2)
+        sign = torch.where((ratio < 0) & (magnitude > 0), 8, 0)
+        codes = (magnitude + sign).to(torch.uint8).flatten(-2)[..., :channels]
+        return QTensor(codes=codes, scale=scale, zero=None, format=self)
+
+    def decode(self, q: QTensor) -> Float[Tensor, "*rows channels"]:
+        """Return the values of the codes; see `Format.decode`."""
+        values = torch.tensor([*_FP4_VALUES, *(-v for v in _FP4_VALUES)], device=q.codes.device)
+        grouped, channels = Affine(4, self.group_size)._grouped(values[q.codes.long()])
+        return (grouped * q.scale[..., None]).flatten(-2)[..., :channels]
+
+
+@dataclass(frozen=True)
+class Dual(Format):
+    """Integers with one scale for negative and one for other values, a pair for each row.
+
+    For activations whose two sides differ much, as after SiLU or GELU.
+
+    Args:
+        bits: Bits of a code, 2 to 8; default 8.
+
+    Source: SegQuant (arXiv 2507.14811), dual-scale activation quantization.
+
+    Example:
+        >>> import torch
+        >>> Dual(8).fake(torch.tensor([[-0.25, 0.0, 10.0]])).tolist()
+        [[-0.25, 0.0, 10.0]]
+    """
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise bad("Dual", "bits", "an integer from 2 to 8", self.bits)
+
+    def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
+        """Round to the grid; see `Format.encode`."""
+        work = _working(x)
+        _check_finite(work)
+        if limits is None:
+            low, high = work.amin(-1, keepdim=True).clamp(max=0), work.amax(-1, keepdim=True).clamp(min=0)
+        else:
+            low, high = limits
+        half = 1 << (self.bits - 1)
+        scale = torch.cat([-low / half, high / (half - 1)], -1)
+        scale = torch.where(scale > 0, scale, 1.0)
+        codes = torch.where(work < 0, work / scale[..., :1], work / scale[..., 1:]).round_().clamp_(-half, half - 1)
+        return QTensor(codes=(codes + half).to(torch.uint8), scale=scale, zero=None, format=self)
+
+    def decode(self, q: QTensor) -> Float[Tensor, "*rows channels"]:
+        """Return the values of the codes; see `Format.decode`."""
+        codes = q.codes.to(q.scale.dtype) - (1 << (self.bits - 1))
+        return torch.where(codes < 0, codes * q.scale[..., :1], codes * q.scale[..., 1:])
+
+
+def format_from_dict(description: dict[str, Any]) -> Format:
+    """Rebuild a format from `Format.to_dict`; ValueError on anything else.
+
+    Example:
+        >>> format_from_dict(Affine(3, 64).to_dict())
+        Affine(bits=3, group_size=64, symmetric=False, ragged=False, scale_dtype='float16')
+    """
+    kinds: dict[str, type[Format]] = {"Affine": Affine, "FP4": FP4, "Dual": Dual}
+    fields = dict(description) if isinstance(description, dict) else {}
+    kind = fields.pop("kind", None)
+    if kind not in kinds or not set(fields) <= set(kinds[kind].__dataclass_fields__):
+        raise bad("format_from_dict", "description", f"what Format.to_dict returns ({', '.join(kinds)})", description)
+    return kinds[kind](**fields)
+
+
+def _working(x: Tensor) -> Tensor:
+    """At least float32: ranges and scales are never computed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_finite(x: Tensor) -> None:
+    if not torch.isfinite(x).all():
+        where = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise ValueError(f"Format.encode: values must be finite; got {x[tuple(where)].item()} at {where}.")

@@ -1,0 +1,189 @@
+"""The run-time layer: everything a method can produce is a `QLinear`.
+
+    y = Q(W) q(T(x)) + up(down(T(x))) + b
+
+Each part is optional except Q(W). The buffers carry the names and the layout of a compressed-tensors checkpoint, so
+that `state_dict()` is what lies on disk.
+
+Legend: O outputs, I inputs, G groups of a row.
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from planish import kernels
+from planish._support import bad
+from planish.quant.formats import SCALE_DTYPES, Affine, Format, QTensor
+from planish.quant.packing import n_words, pack, unpack
+from planish.quant.transforms import Transform
+
+
+class QLinear(nn.Module):
+    """A linear layer with a quantized weight, in place of `nn.Linear`.
+
+    Build it from a rounded weight with `QLinear.of`; the constructor makes empty buffers to be filled from a
+    checkpoint.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        format: Grid of the weight; groups run along the inputs.
+        bias: Whether there is a bias.
+        transform: Applied to the input first; None where it was folded into the layer before.
+        act: Grid to which the (transformed) input is rounded, a row at a time; None keeps it in float.
+        rank: Rank of a float branch beside the quantized weight; 0 for none.
+        dtype: Of bias and branch; default torch's default.
+        device: Where the buffers live.
+
+    Example:
+        >>> import torch
+        >>> from planish.quant.formats import Affine
+        >>> linear = torch.nn.Linear(64, 8)
+        >>> q = QLinear.of(Affine(8, group_size=32).encode(linear.weight.detach()), linear.bias)
+        >>> x = torch.ones(2, 64)
+        >>> bool((q(x) - linear(x)).abs().max() < 0.05)
+        True
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Affine,  # noqa: A002  (the field's word)
+        *,
+        bias: bool = True,
+        transform: Transform | None = None,
+        act: Format | None = None,
+        rank: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.act = act
+        self.transform = transform
+        bits, groups = format.bits, format.n_groups(in_features)
+        words = (out_features, n_words(in_features, bits))
+        self.register_buffer("weight_packed", torch.zeros(words, dtype=torch.int32, device=device))
+        stored = SCALE_DTYPES[format.scale_dtype]
+        self.register_buffer("weight_scale", torch.ones(out_features, groups, dtype=stored, device=device))
+        zeros = None if format.symmetric else torch.zeros(n_words(out_features, bits), groups, dtype=torch.int32, device=device)
+        self.register_buffer("weight_zero_point", zeros)
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("down", torch.zeros(rank, in_features, dtype=dtype, device=device) if rank else None)
+        self.register_buffer("up", torch.zeros(out_features, rank, dtype=dtype, device=device) if rank else None)
+
+    @classmethod
+    def of(
+        cls,
+        weight: QTensor,
+        bias: Float[Tensor, "out"] | None = None,
+        *,
+        transform: Transform | None = None,
+        act: Format | None = None,
+        low_rank: tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]] | None = None,
+    ) -> "QLinear":
+        """Build the layer from a rounded weight.
+
+        Args:
+            weight: Codes and scales in an `Affine` format, (O, I).
+            bias: b, or None.
+            transform: See the class.
+            act: See the class.
+            low_rank: The branch as (down, up).
+
+        Raises:
+            ValueError: The weight is not two-dimensional or not in an `Affine` format.
+
+        Returns:
+            The layer.
+        """
+        if not isinstance(weight.format, Affine) or weight.codes.ndim != 2:
+            raise bad("QLinear.of", "weight", "a matrix in an Affine format", f"{weight.format}, {weight.shape}")
+        out, inp = weight.shape
+        layer = cls(inp, out, weight.format, bias=False, transform=transform, act=act, device="meta")
+        layer.weight_packed = pack(weight.codes, weight.format.bits)
+        layer.weight_scale = weight.scale.contiguous()
+        if weight.zero is not None:  # zero points are packed along the outputs
+            layer.weight_zero_point = pack(weight.zero.T.contiguous(), weight.format.bits).T.contiguous()
+        layer.weight_shape = torch.tensor([out, inp])
+        layer.bias = None if bias is None else bias.detach().clone()
+        if low_rank is not None:
+            layer.down, layer.up = (part.detach().clone() for part in low_rank)
+        return layer
+
+    @property
+    def weight(self) -> QTensor:
+        """The weight as codes and scales."""
+        codes = unpack(self.weight_packed, self.format.bits, self.in_features)
+        zero = None if self.format.symmetric else self.zeros()
+        return QTensor(codes=codes, scale=self.weight_scale, zero=zero, format=self.format)
+
+    def zeros(self) -> Tensor:
+        """Zero points unpacked, uint8 (O, G); the middle code where the format is symmetric."""
+        if self.weight_zero_point is None:
+            return torch.full_like(self.weight_scale, self.format.middle, dtype=torch.uint8)
+        return unpack(self.weight_zero_point.T.contiguous(), self.format.bits, self.out_features).T.contiguous()
+
+    def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        """Return the layer's output, in the dtype of `x`."""
+        if self.transform is not None:
+            x = self.transform(x)
+        low = None if self.down is None else x @ self.down.to(x.dtype).T  # the branch reads unrounded inputs
+        if self.act is not None:
+            x = self.act.fake(x)
+        y = kernels.w4a16(
+            x, self.weight_packed, self.weight_scale, self._runtime_zeros(),
+            None if self.bias is None else self.bias.to(x.dtype),
+            bits=self.format.bits, group_size=self.format.group_size or self.in_features,
+        )  # fmt: skip
+        return y if low is None else y + low @ cast(Tensor, self.up).to(x.dtype).T
+
+    def _runtime_zeros(self) -> Tensor:
+        """Zero points as the kernels want them, unpacked once."""
+        made = self.__dict__.get("_zeros")
+        if made is None or made.device != self.weight_scale.device:
+            made = self.__dict__["_zeros"] = self.zeros()
+        return cast(Tensor, made)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        self.__dict__.pop("_zeros", None)
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+
+    def dequantize(self) -> nn.Linear:
+        """Return the `nn.Linear` that this layer equals when `act` is None: the oracle of its tests."""
+        weight = self.weight.decode()
+        if self.down is not None and self.up is not None:
+            weight = weight + self.up.to(weight.dtype) @ self.down.to(weight.dtype)
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        if self.transform is not None:  # columns of the product with a basis; the offset goes to the bias
+            eye = torch.eye(self.in_features, dtype=weight.dtype, device=weight.device)
+            offset = self.transform(torch.zeros_like(eye[:1]))
+            moved = (weight @ offset.T).squeeze(1)
+            weight = weight @ (self.transform(eye) - offset).T
+            if not self.transform.linear:
+                bias = moved if bias is None else bias + moved
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Return the layer's facts for `print(model)`."""
+        parts = [f"{self.in_features} -> {self.out_features}", str(self.format)]
+        parts += [f"act={self.act}"] if self.act is not None else []
+        parts += [f"rank={self.down.shape[0]}"] if self.down is not None else []
+        return ", ".join(parts)

@@ -1,0 +1,126 @@
+"""Running statistics of the activations that enter a block's sites: nothing is kept but sums.
+
+Legend: T tokens, C channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from planish.quant.stream import Block
+
+if TYPE_CHECKING:
+    from planish.quant.sites import Site
+
+
+@dataclass
+class Moments:
+    """Statistics of a site's input over all tokens, in at least float32.
+
+    Attributes:
+        amax: Largest magnitude of each channel, (C,).
+        mean_abs: Mean magnitude, (C,).
+        second_moment: Mean square, (C,).
+        rows: Tokens seen.
+    """
+
+    amax: Float[Tensor, "channels"]
+    mean_abs: Float[Tensor, "channels"]
+    second_moment: Float[Tensor, "channels"]
+    rows: int
+
+    @classmethod
+    def empty(cls, like: Tensor) -> "Moments":
+        """Start from nothing."""
+        zero = like.new_zeros(like.shape[-1])
+        return cls(zero.clone(), zero.clone(), zero.clone(), 0)
+
+    def add(self, x: Float[Tensor, "tokens channels"]) -> None:
+        """Take in more tokens."""
+        if not len(x):
+            return
+        magnitude = x.abs()
+        self.amax = torch.maximum(self.amax, magnitude.amax(0))
+        total = self.rows + len(x)
+        self.mean_abs += (magnitude.sum(0) - len(x) * self.mean_abs) / total
+        self.second_moment += (x.square().sum(0) - len(x) * self.second_moment) / total
+        self.rows = total
+
+
+@contextmanager
+def watching(site: "Site", take: Any, keep: list[Tensor | None]) -> Iterator[None]:  # noqa: ANN401
+    """Call `take(tokens)` with what enters a site, every time its consumers run, padded tokens left out.
+
+    Consumers that see one tensor are watched through the first; experts, which see only their own tokens, each.
+    """
+    turn = {"batch": -1}
+    names = list(site.consumers)
+    watched = names if site.split else names[:1]
+
+    def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        turn["batch"] += 1
+        mask = keep[turn["batch"]] if turn["batch"] < len(keep) and not site.split else None
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is not None and mask.numel() == rows.shape[0]:
+            rows = rows[mask.reshape(-1).to(rows.device)]
+        take(rows if rows.dtype == torch.float64 else rows.float())
+
+    handles = [site.consumers[name].register_forward_pre_hook(look) for name in watched]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure(block: Block, sites: Sequence["Site"]) -> list[Tensor]:
+    """Run a block over its inputs, fill in the moments of its sites, and return its outputs.
+
+    Raises:
+        ValueError: A value is not finite; the sentence names the layer and the batch.
+    """
+    outputs: list[Tensor] = []
+
+    def taker(site: "Site") -> Any:  # noqa: ANN401
+        site.measured = None
+
+        def take(x: Tensor) -> None:
+            if not torch.isfinite(x).all():
+                layer = next(iter(site.consumers))
+                raise ValueError(
+                    f"quantize, block {block.name or 'model'}, `{layer}`: its input holds NaN or Inf in batch {len(outputs)}."
+                )
+            site.measured = site.measured or Moments.empty(x)
+            site.measured.add(x)
+
+        return take
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(watching(site, taker(site), block.keep))
+        for output in block.run():
+            outputs.append(output)
+    return outputs
+
+
+def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
+    """Return the mean of x x' over the tokens that enter a site, with the block as it stands now."""
+    total: list[Tensor] = []
+    count = [0]
+
+    def take(x: Tensor) -> None:
+        if not total:
+            total.append(x.new_zeros(x.shape[-1], x.shape[-1]))
+        total[0].addmm_(x.T, x)
+        count[0] += len(x)
+
+    with watching(site, take, block.keep):
+        for _ in block.run():
+            continue
+    return total[0] / max(count[0], 1)

@@ -1,0 +1,344 @@
+"""Who shares an input, and who makes it: found by running a block, not by a table of architectures.
+
+Linears that receive the same activation form a site. The layer whose output that activation is can absorb a transform:
+a norm, or a linear. If nothing's output is that very tensor, earlier linears are probed: doubling an output row doubles
+exactly (bit for bit, a power of two commutes with every rounding) those input channels that are proportional to it, and
+nothing else does. One run finds whether all channels doubled; log2(rows) more read off, bit by bit, which row each came from.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from planish.quant.moments import Moments
+from planish.quant.stream import Block, first_tensor
+from planish.quant.transforms import Transform
+
+
+@dataclass
+class Site:
+    """Layers that receive one activation, and the layer that makes it.
+
+    Attributes:
+        kind: The consumers' names joined by "+": the same for the same place in every block.
+        consumers: Linears that read the activation and may be rounded, by name in the block.
+        readers: Modules that read it too and stay in float (a router); a fold must compensate them as well.
+        producer: Norm or linear that can absorb a transform; None where there is none and transforms stay online.
+        channels: Which output of the producer each input channel comes from; None for one to one.
+        block: The block it is in.
+        split: Whether each consumer sees only some of the tokens (experts).
+        measured: Statistics of the activation in the float model.
+        online: Transform that found no layer to fold into.
+    """
+
+    kind: str
+    consumers: dict[str, nn.Module]
+    readers: dict[str, nn.Module]
+    producer: nn.Module | None
+    producer_name: str | None
+    channels: Int[Tensor, "channels"] | None
+    block: Block
+    split: bool = False
+    measured: Moments | None = None
+    online: Transform | None = None
+
+    @property
+    def moments(self) -> Moments:
+        """Statistics of the activation in the float model; they exist once the block has been run."""
+        if self.measured is None:
+            raise RuntimeError(f"site {self.kind}: statistics are read before they were collected")
+        return self.measured
+
+    @property
+    def name(self) -> str:
+        """The site's name in the model: the block's name and the kind."""
+        return f"{self.block.name}.{self.kind}" if self.block.name else self.kind
+
+    def tied(self, values: Float[Tensor, "channels"]) -> Float[Tensor, "channels"]:
+        """Take the maximum over channels that come from one producer channel (heads that share a key-value head)."""
+        if self.channels is None:
+            return values
+        size = int(self.channels.max()) + 1
+        top = values.new_zeros(size).scatter_reduce_(0, self.channels, values, "amax", include_self=False)
+        return top[self.channels]
+
+    @property
+    def weights(self) -> dict[str, Float[Tensor, "out channels"]]:
+        """The consumers' weights, (O, C), as float views."""
+        return {name: weight_of(module) for name, module in self.consumers.items()}
+
+    def error(self, weights: dict[str, Tensor], calls: "Calls") -> float:
+        """Return the mean squared change of the smallest module that holds all consumers when they have `weights`."""
+        saved = {name: weight_of(self.consumers[name]).clone() for name in weights}
+        try:
+            for name, weight in weights.items():
+                set_weight(self.consumers[name], weight)
+            return calls.error()
+        finally:
+            for name, weight in saved.items():
+                set_weight(self.consumers[name], weight)
+
+
+@dataclass
+class Calls:
+    """Recorded calls of one module and what it returned."""
+
+    module: nn.Module
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    targets: list[Tensor]
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Return the mean squared difference to the recorded outputs, now."""
+        total, count = 0.0, 0
+        for (args, kwargs), target in zip(self.arguments, self.targets, strict=True):
+            total += (first_tensor(self.module(*args, **kwargs)).float() - target.float()).square().sum().item()
+            count += target.numel()
+        return total / max(count, 1)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a dense layer: `nn.Linear`, or GPT-2's Conv1D, which stores its weight transposed."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def weight_of(module: nn.Module) -> Float[Tensor, "out in"]:
+    """Return a dense layer's weight as (O, I), whatever way it is stored; a view."""
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+    return weight if isinstance(module, nn.Linear) or not is_linear(module) else weight.T
+
+
+def set_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
+    """Write a weight given as (O, I) into a dense layer."""
+    with torch.no_grad():
+        weight_of(module).copy_(weight)
+
+
+def find_sites(block: Block, skip: Callable[[str], bool], known: dict[Any, list[Site]] | None = None) -> list[Site]:
+    """Find who shares an input in a block and who makes it.
+
+    Args:
+        block: The block, in float, with at least one batch of inputs.
+        skip: Says which layers (by name in the block) stay in float.
+        known: Findings by shape of block, read and extended: blocks alike are probed once.
+
+    Returns:
+        The sites in order of execution.
+    """
+    signature = tuple((n, type(m).__name__, tuple(p.shape)) for n, m in block.module.named_modules()
+                      for p in m.parameters(recurse=False))  # fmt: skip
+    if known is not None and signature in known:
+        return [rebind(site, block) for site in known[signature]]
+    trace = _Trace(block)
+    sites = trace.sites(skip)
+    if known is not None:
+        known[signature] = [replace(site, measured=None) for site in sites]
+    return sites
+
+
+def rebind(site: Site, block: Block) -> Site:
+    """Return the same site in another block of the same shape; statistics come along."""
+    get = block.module.get_submodule
+    producer = None if site.producer_name is None else get(site.producer_name)
+    return Site(
+        kind=site.kind,
+        consumers={n: get(n) for n in site.consumers},
+        readers={n: get(n) for n in site.readers},
+        producer=producer, producer_name=site.producer_name, channels=site.channels,
+        block=block, split=site.split, measured=site.measured,
+    )  # fmt: skip
+
+
+class _Trace:
+    """One run of a block with everything its layers received and returned."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.received: dict[str, Tensor] = {}
+        self.returned: dict[str, Tensor] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.small = block.sample()
+        with self._recording():
+            output = self._run()
+        self.deterministic = torch.equal(output, self._run())  # else nothing is folded on luck
+
+    def _run(self) -> Tensor:
+        return self.block.call(*self.small)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        handles = []
+        for name, module in self.block.module.named_modules():
+            weight = getattr(module, "weight", None)
+            if not name or not isinstance(weight, Tensor) or weight.ndim not in (1, 2) or isinstance(module, nn.Embedding):
+                continue
+            self.modules[name] = module
+
+            def record(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, _n: str = name) -> None:  # noqa: ANN401
+                given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+                if given and _n not in self.received:  # in order of execution; a layer run twice keeps its first call
+                    self.received[_n] = given[0]
+                    if isinstance(out, Tensor):
+                        self.returned[_n] = out
+
+            handles.append(module.register_forward_hook(record, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def sites(self, skip: Callable[[str], bool]) -> list[Site]:
+        groups: dict[Any, list[str]] = {}
+        order = list(self.received)
+        for name in order:
+            if self.modules[name].weight.ndim == 2:  # type: ignore[union-attr, operator]
+                groups.setdefault(self._source(name, groups), []).append(name)
+        found = []
+        for names in groups.values():
+            linears = [n for n in names if is_linear(self.modules[n]) and not skip(n)]
+            if not linears:
+                continue
+            consumers = {n: self.modules[n] for n in linears}
+            width = weight_of(consumers[linears[0]]).shape[1]
+            readers = {n: self.modules[n] for n in names if n not in consumers and _reads(self.modules[n], width)}
+            shared = len({_memory(self.received[n]) for n in linears}) == 1
+            site = Site("+".join(linears), consumers, readers, None, None, None, self.block, split=not shared)
+            if self.deterministic:
+                self._find_producer(site, names, order)
+            found.append(site)
+        return found
+
+    def _source(self, name: str, groups: dict[Any, list[str]]) -> Any:  # noqa: ANN401
+        """What identifies a layer's input: its memory, or the earlier input whose rows these are (tokens of an expert)."""
+        x = self.received[name]
+        key = _memory(x)
+        if key in groups or x.ndim != 2:
+            return key
+        rows = _row_set(x)
+        for other, members in groups.items():
+            earlier = self.received[members[0]]
+            if earlier.shape[-1] == x.shape[-1] and earlier.numel() > x.numel() and rows <= _row_set(earlier):
+                return other
+        return key
+
+    def _find_producer(self, site: Site, names: list[str], order: list[str]) -> None:
+        x = self.received[names[0]]
+        for name in order:
+            y = self.returned.get(name)
+            if y is not None and name not in names and y.shape[-1] == x.shape[-1] and _memory(y) == _memory(x):
+                site.producer, site.producer_name = self.modules[name], name
+                return
+        before = order[: order.index(names[0])]
+        for name in reversed(before):
+            producer = self.modules[name]
+            if is_linear(producer) and name in self.returned:
+                channels = self._probe(name, names[0])
+                if channels is not None:
+                    site.producer, site.producer_name = producer, name
+                    one_to_one = torch.equal(channels, torch.arange(weight_of(producer).shape[0], device=channels.device))
+                    site.channels = None if one_to_one else channels
+                    return
+
+    def _probe(self, producer: str, consumer: str) -> Tensor | None:
+        """Find which output of `producer` each input channel of `consumer` is proportional to; None if not all are."""
+        outputs = self.returned[producer].shape[-1]
+        reference = self.received[consumer].reshape(-1, self.received[consumer].shape[-1])
+        index = torch.arange(outputs, device=reference.device)
+        alive = (reference != 0).any(0)
+        rows = self._clean_rows(producer, consumer, reference, outputs, alive)
+        if rows is None:
+            return None
+        channels = torch.zeros(reference.shape[-1], dtype=torch.int64, device=reference.device)
+        for bit in range(max(1, math.ceil(math.log2(outputs)))):
+            doubled = self._doubled(producer, consumer, reference, rows & (index >> bit & 1).bool())
+            if doubled is None:
+                return None
+            channels |= doubled.long() << bit
+        if not bool(alive.all()):  # channels that never fire cannot be followed: only a plain one-to-one map is safe
+            if outputs != channels.numel() or not torch.equal(channels[alive], index[alive]):
+                return None
+            channels = index
+        return channels
+
+    def _clean_rows(
+        self, producer: str, consumer: str, reference: Tensor, outputs: int, alive: Tensor
+    ) -> Tensor | None:
+        """Find output rows which, doubled together, double every live channel of the consumer's input."""
+        index = torch.arange(outputs, device=reference.device)
+        everything = self._doubled(producer, consumer, reference, index >= 0)
+        if everything is not None:
+            return index >= 0 if bool(everything[alive].all()) else None
+        # a fused layer (a slice of qkv, the upper half of gate_up): some single rows must pass, or none will
+        step = max(1, outputs // 32)
+        singles = (self._doubled(producer, consumer, reference, index == i) for i in range(step // 2, outputs, step))
+        if not any(d is not None and bool((d & alive).any()) for d in singles):
+            return None
+        clean = torch.zeros_like(index, dtype=torch.bool)
+        covered = torch.zeros_like(alive)
+        level = [(0, outputs // 2), (outputs // 2, outputs)]
+        while level and not bool(covered[alive].all()):
+            following = []
+            for low, high in level:
+                doubled = self._doubled(producer, consumer, reference, (index >= low) & (index < high))
+                if doubled is not None:
+                    clean |= (index >= low) & (index < high) & bool(doubled.any())
+                    covered |= doubled
+                elif high - low > 1:
+                    following += [(low, (low + high) // 2), ((low + high) // 2, high)]
+            level = following
+        return clean if bool(covered[alive].all()) else None
+
+    def _doubled(self, producer: str, consumer: str, reference: Tensor, rows: Tensor) -> Tensor | None:
+        """Double some output rows of a layer; return which input channels doubled, or None if any did neither."""
+        factor = torch.where(rows, 2.0, 1.0)
+        seen: list[Tensor] = []
+
+        def scale(_m: nn.Module, _a: Any, out: Tensor) -> Tensor:  # noqa: ANN401
+            return out * factor.to(out.dtype)
+
+        def catch(_m: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise _SeenError
+
+        handles = [
+            self.modules[producer].register_forward_hook(scale),
+            self.modules[consumer].register_forward_pre_hook(catch),
+        ]
+        try:
+            with suppress(_SeenError):  # the rest of the block is of no interest
+                self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not seen or seen[0].numel() != reference.numel():
+            return None
+        now = seen[0].reshape(reference.shape)
+        twice, same = (now == 2 * reference).all(0), (now == reference).all(0)
+        return twice & ~same if bool((twice | same).all()) else None
+
+
+class _SeenError(Exception):
+    """Raised to leave a block once the wanted input has been seen."""
+
+
+def _reads(module: nn.Module, width: int) -> bool:
+    """Whether a module multiplies its input's channels by a matrix, so that a fold can be compensated in it."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and weight_of(module).shape[1] == width
+
+
+def _memory(x: Tensor) -> tuple[int, int, int]:
+    """What tells one tensor from another, whatever shape it is viewed in."""
+    return x.untyped_storage().data_ptr(), x.storage_offset(), x.numel()
+
+
+def _row_set(x: Tensor) -> set[bytes]:
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu().view(torch.uint8).numpy()
+    return {row.tobytes() for row in rows}

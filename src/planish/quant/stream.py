@@ -1,0 +1,322 @@
+"""Walk a model block by block, holding one block and its inputs at a time.
+
+The blocks are the heaviest `ModuleList` whose elements are of one class; a model without one is a single block. What
+a block receives beside its hidden states (masks, position embeddings) is found by running the model once with its
+blocks replaced by recorders, so that nothing about any architecture needs to be known.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from planish._support import bad
+
+
+class Weights(Protocol):
+    """Where the parameters of a model on the meta device come from: read when a block's turn comes, then let go."""
+
+    def load(self, module: nn.Module, name: str) -> None:
+        """Materialize the parameters and buffers of the submodule `name`."""
+
+    def release(self, module: nn.Module, name: str) -> None:
+        """Send them back to the meta device."""
+
+
+@dataclass
+class Block:
+    """One block of a model, its inputs, and everything else it is called with.
+
+    Attributes:
+        name: Path in the model; "" when the block is the whole model.
+        module: The block itself.
+        inputs: Hidden states, one tensor a batch.
+        context: The other arguments, by name, one dict a batch.
+        keep: Which tokens count in statistics, one mask (rows, tokens) a batch, or None for all.
+        first: Name of the argument that carries the hidden states; None when the block is the whole model.
+        device: Where it runs.
+        stored: Precision in which each parameter and buffer is kept; half precision computes in float32 meanwhile.
+        finished: Quantized layers whose dense stand-ins are in the block.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[Any]
+    context: list[dict[str, Any]]
+    keep: list[Tensor | None]
+    first: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stored: dict[str, torch.dtype] = field(default_factory=dict)
+    finished: dict[str, nn.Module] = field(default_factory=dict)
+
+    def run(self, inputs: list[Any] | None = None) -> Iterator[Tensor]:
+        """Yield the block's output for each batch, on `inputs` instead of its own where they are given."""
+        for hidden, context in zip(self.inputs if inputs is None else inputs, self.context, strict=True):
+            yield self.call(hidden, context)
+
+    def sample(self) -> tuple[Any, dict[str, Any]]:
+        """Return one call of the block on the first row of the first batch, for checks that need no more."""
+        hidden, context = self.inputs[0], self.context[0]
+        if self.first is None or not isinstance(hidden, Tensor) or hidden.shape[0] == 1:
+            return hidden, context
+        rows = hidden.shape[0]
+        cut = {k: v[:1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()}
+        return hidden[:1], cut
+
+    @torch.no_grad()
+    def call(self, hidden: Any, context: Mapping[str, Any]) -> Tensor:  # noqa: ANN401  (a whole batch for a whole model)
+        """Return the block's output for one batch."""
+        if self.first is None:
+            return first_tensor(call_model(self.module, _to(hidden, self.device)))
+        return first_tensor(self.module(**{self.first: _to(hidden, self.device)}, **_to(context, self.device)))
+
+
+class Stream:
+    """The blocks of a model and the batches that flow through them.
+
+    Args:
+        model: Any module.
+        batches: What the model takes: tensors, tuples of positional or dicts of keyword arguments.
+        device: Where blocks run; default the device of the model's parameters.
+        weights: Source of parameters when the model is on the meta device.
+
+    Raises:
+        ValueError: There is no batch, or a batch has no values.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        device: torch.device | str | None = None,
+        weights: Weights | None = None,
+    ) -> None:
+        self.model, self.weights = model, weights
+        self.batches = list(batches)
+        if not self.batches:
+            raise bad("quantize", "batches", "at least one batch of what the model takes", [])
+        if not any(t.numel() for t in tensors_in(self.batches)):
+            raise bad("quantize", "batches", "batches with at least one token", "only empty tensors")
+        self.names, self.modules = find_blocks(model)
+        self.whole = self.names == [""]
+        params = [p for p in model.parameters() if p.device.type != "meta"]
+        self.device = torch.device(device) if device else (params[0].device if params else torch.device("cpu"))
+        self.keep = [_token_mask(batch) for batch in self.batches]
+        self.contexts: list[list[dict[str, Any]]] = []
+        self.first: str | None = None
+        self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+
+    @torch.no_grad()
+    def start(self) -> list[Any]:
+        """Record what every block is called with and return the hidden states that enter the first."""
+        if self.whole:
+            if self.weights is not None:
+                self.weights.load(self.model, "")
+            self.contexts = [[{} for _ in self.batches]]
+            return list(self.batches)
+        self._load_rest()
+        self.first = _first_parameter(self.modules[0])
+        self.contexts = [[] for _ in self.modules]
+        hidden: list[Any] = []
+        for batch in self.batches:
+            with self._replaced(lambda i, bound, h=hidden: self._record(i, bound, h)):
+                call_model(self.model, _to(batch, self.device))
+        if len(hidden) != len(self.batches):
+            raise bad("quantize", "model", "one that runs its blocks once a batch", f"{len(hidden)} runs")
+        return hidden
+
+    def _record(self, index: int, bound: dict[str, Any], hidden: list[Any]) -> Any:  # noqa: ANN401
+        state = bound.pop(self.first or "")
+        bound = _to(bound, self.device, torch.float32)
+        if index == 0:
+            if not hidden:  # run one block for real, once, to learn how blocks wrap their hidden states
+                self._learn_wrapping(state, bound)
+            hidden.append(_to(state, self.device, torch.float32))
+        self.contexts[index].append(bound)
+        return self._wrap(state)
+
+    def _learn_wrapping(self, state: Tensor, context: dict[str, Any]) -> None:
+        block = self.block(0, [state])
+        hidden = _to(state, self.device, torch.float32)
+        output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
+        restore_dtype(block)
+        if isinstance(output, tuple):
+            self._wrap = lambda hidden: (hidden, *output[1:])
+        elif not isinstance(output, Tensor):
+            raise bad("quantize", "model", "one whose blocks return a tensor or a tuple", type(output).__name__)
+        self.release(0)
+
+    def _load_rest(self) -> None:
+        """Materialize what is not in a block (embeddings, final norm, head): it stays for the whole walk."""
+        if self.weights is None:
+            return
+        inside = tuple(name + "." for name in self.names)
+        for name, module in self.model.named_modules():
+            if name not in self.names and not (name + ".").startswith(inside):
+                for _, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                    if tensor.device.type == "meta":
+                        self.weights.load(module, name)
+                        break
+
+    @contextmanager
+    def _replaced(self, stand_in: Callable[[int, dict[str, Any]], Any]) -> Iterator[None]:
+        """Let `stand_in(index, arguments by name)` answer for every block while inside."""
+        try:
+            for index, module in enumerate(self.modules):
+                signature = inspect.signature(type(module).forward)
+
+                def forward(*args: Any, _i: int = index, _s: inspect.Signature = signature, **kwargs: Any) -> Any:  # noqa: ANN401
+                    return stand_in(_i, _by_name(_s, args, kwargs))
+
+                module.__dict__["forward"] = forward
+            yield
+        finally:
+            for module in self.modules:
+                module.__dict__.pop("forward", None)
+
+    def block(self, index: int, inputs: list[Any]) -> Block:
+        """Return block `index` with these inputs; its weights are read when they are on disk."""
+        module = self.modules[index]
+        if self.weights is not None and not self.whole:
+            self.weights.load(module, self.names[index])
+        block = Block(self.names[index], module, inputs, self.contexts[index], self.keep, self.first, self.device)
+        for name, tensor in _tensors(module):
+            block.stored[name] = tensor.dtype
+            if tensor.dtype in _HALF:
+                tensor.data = tensor.data.float()
+        return block
+
+    def release(self, index: int) -> None:
+        """Let go of a block's weights, once they are written, when they came from disk."""
+        if self.weights is not None and not self.whole:
+            self.weights.release(self.modules[index], self.names[index])
+
+    @torch.no_grad()
+    def outputs(self, hidden: list[Tensor]) -> Iterator[Any]:
+        """Yield the model's output for each batch, given what leaves the last block."""
+        last = len(self.modules) - 1
+        for batch, state in zip(self.batches, hidden, strict=True):
+            if self.whole:
+                yield state
+                continue
+
+            def answer(i: int, bound: dict[str, Any], state: Tensor = state) -> Any:  # noqa: ANN401
+                given = bound[self.first or ""]
+                return self._wrap(state.to(given.device, given.dtype) if i == last else given)
+
+            with self._replaced(answer):
+                yield call_model(self.model, _to(batch, self.device))
+
+
+def round_off(block: Block) -> None:
+    """Give what stays in float the values it will have in its stored precision, so that no later step is surprised."""
+    for name, tensor in _tensors(block.module):
+        if block.stored.get(name) in _HALF and name.rpartition(".")[0] not in block.finished:
+            tensor.data = tensor.data.to(block.stored[name]).float()
+
+
+def restore_dtype(block: Block) -> None:
+    """Bring what stays in float back to its stored precision."""
+    for name, tensor in _tensors(block.module):
+        if block.stored.get(name) in _HALF:
+            tensor.data = tensor.data.to(block.stored[name])
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def find_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
+    """Return names and modules of the heaviest list of equal blocks, or the model itself.
+
+    Example:
+        >>> import torch
+        >>> find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))[0]
+        ['']
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+            if all(isinstance(m, nn.Linear) for m in module):
+                continue
+            size = sum(p.numel() for p in module.parameters())
+            if best is None or size > best[0]:
+                best = size, name, module
+    if best is None or not best[0]:
+        return [""], [model]
+    return [f"{best[1]}.{i}" for i in range(len(best[2]))], list(best[2])
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+    """Call a model on a batch: a dict by name, a tuple or list by position, anything else as it is."""
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if isinstance(batch, Mapping):
+        return model(**batch, **extra)
+    if isinstance(batch, tuple | list):
+        return model(*batch, **extra)
+    return model(batch, **extra)
+
+
+def first_tensor(output: Any) -> Tensor:  # noqa: ANN401
+    """Return the main tensor of what a module returns: itself, the first of a tuple, or the first of a dict."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    if values is not None and not isinstance(values, str):
+        for value in values:
+            if isinstance(value, Tensor):
+                return value
+    raise bad("quantize", "model", "one that returns a tensor, or a tuple or dict that holds one", type(output).__name__)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    """Yield the tensors in nested dicts, tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def _to(value: Any, device: torch.device, half: torch.dtype | None = None) -> Any:  # noqa: ANN401
+    """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`."""
+    if isinstance(value, Tensor):
+        return value.to(device, half if half is not None and value.dtype in _HALF else value.dtype)
+    if isinstance(value, dict):
+        return {k: _to(v, device, half) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_to(v, device, half) for v in value)
+    return value
+
+
+def _token_mask(batch: Any) -> Tensor | None:  # noqa: ANN401
+    """The padding mask of a tokenized batch: padded tokens count in no statistic."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
+
+
+def _first_parameter(module: nn.Module) -> str:
+    return next(n for n in inspect.signature(type(module).forward).parameters if n != "self")
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the positional arguments of a call to a module's forward."""
+    bound = signature.bind(None, *args, **kwargs).arguments
+    bound.pop("self", None)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and bound.pop(name, ()):
+            raise bad("quantize", "model", "one whose blocks take named arguments", f"*{name}")
+    return dict(bound)
