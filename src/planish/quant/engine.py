@@ -7,7 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ def no_plan(walk: "Walk", method: "Method") -> "Method":
     return method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Method:
     """A way to quantize, as a record of steps; composing methods is `dataclasses.replace`.
 
@@ -72,6 +72,15 @@ class Method:
         """Check the arguments."""
         if self.feed not in ("quantized", "float"):
             raise bad("Method", "feed", "'quantized' or 'float'", self.feed)
+
+    def __repr__(self) -> str:
+        """Return the provenance: every step that differs from doing nothing, the same in every process."""
+        parts = [f"weight={self.weight}"]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in ("name", "weight", "findings") and value is not item.default:
+                parts.append(f"{item.name}={getattr(value, '__name__', None) or repr(value)}")
+        return f"{self.name}({', '.join(parts)})"
 
 
 class Journal(Protocol):

@@ -1,0 +1,1 @@
+"""One paper a file: an article, its steps, one preset."""
