@@ -54,6 +54,8 @@ class Method:
         transform: Exact: the site -> what its activation is to go through, or None.
         round: Lossy: the site, already transformed -> its new layers by name.
         refine: After a block is rounded: may adjust its scales.
+        online: Keep a transform that cannot be folded, at the price of one more operation in every forward and of a
+            checkpoint that stock engines do not read. Default False: such a transform is left out.
         feed: Which inputs the rounding step sees: "quantized" (what the blocks before really give) or "float".
         findings: What the plan found on its way (JSON-able), for the report.
     """
@@ -65,6 +67,7 @@ class Method:
     transform: Callable[[Site, "Method"], Transform | None] = no_transform
     round: Callable[[Site, "Method"], dict[str, nn.Module]] = field(default_factory=Nearest)
     refine: Callable[[Block, "Method"], None] = no_refine
+    online: bool = False
     feed: str = "quantized"
     findings: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -165,13 +168,13 @@ def process(block: Block, sites: list[Site], method: Method, *, check: bool = Tr
         check: Verify folds; see `fold.apply`.
 
     Returns:
-        For each site that was transformed, whether the transform was folded.
+        For each site that a transform was meant for, whether it was folded.
     """
     folded: dict[str, bool] = {}
     for site in sites:  # 1. smooth: exact
         transform = method.transform(site, method)
         if transform is not None:
-            folded[site.kind] = fold.apply(block, transform, site, check=check)
+            folded[site.kind] = fold.apply(block, transform, site, check=check, online=method.online)
     for site in sites:  # 2. round: lossy
         place(block, method.round(site, method))
     method.refine(block, method)  # 3. refine

@@ -17,29 +17,37 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative, per token; 
 
 
 @torch.no_grad()
-def apply(block: Block, transform: Transform, site: Site, *, check: bool = True) -> bool:
-    """Apply a transform to a site, in place: into the layer before if that is exact, else online.
+def apply(block: Block, transform: Transform, site: Site, *, check: bool = True, online: bool = False) -> bool:
+    """Apply a transform to a site, in place: into the layer before if that is exact, else online or not at all.
 
     Args:
         block: The block, in float; it computes the same afterwards.
         transform: What the activation is to go through.
         site: Its consumers' weights change, and its producer's if the fold is accepted.
         check: Compare the block's output before and after. Leave out only for a fold that was checked before.
+        online: Whether a transform that cannot be folded is applied to the input in every forward.
 
     Returns:
-        True if the transform was folded, False if it stays online.
+        True if the transform was folded.
     """
-    before = block.call(*block.sample()) if check else None
-    for module in (*site.consumers.values(), *site.readers.values()):
-        _change_basis(module, transform)
+    readers = (*site.consumers.values(), *site.readers.values())
+    producers = [] if site.producer is None else [site.producer]
+    saved = [(p, p.detach().clone()) for m in (*readers, *producers) for p in m.parameters(recurse=False)]
     if site.producer is not None and transform.linear:
+        before = block.call(*block.sample()) if check else None
+        for module in readers:
+            _change_basis(module, transform)
         for attempt in _ways(transform, site):
-            saved = {n: p.detach().clone() for n, p in site.producer.named_parameters(recurse=False)}
             if attempt() and (before is None or _same(before, block.call(*block.sample()))):
                 return True
-            for name, parameter in site.producer.named_parameters(recurse=False):
-                parameter.copy_(saved[name])
-    keep_online(site, transform)
+            for parameter, value in saved[-len(list(producers[0].parameters(recurse=False))) :]:
+                parameter.copy_(value)
+        for parameter, value in saved:
+            parameter.copy_(value)
+    if online:
+        for module in readers:
+            _change_basis(module, transform)
+        keep_online(site, transform)
     return False
 
 

@@ -144,12 +144,11 @@ class Stream:
         block = self.block(0, [state])
         hidden = _to(state, self.device, torch.float32)
         output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
-        restore_dtype(block)
+        self.put_back(block, 0)
         if isinstance(output, tuple):
             self._wrap = lambda hidden: (hidden, *output[1:])
         elif not isinstance(output, Tensor):
             raise bad("quantize", "model", "one whose blocks return a tensor or a tuple", type(output).__name__)
-        self.release(0)
 
     def _load_rest(self) -> None:
         """Materialize what is not in a block (embeddings, final norm, head): it stays for the whole walk."""
@@ -191,16 +190,23 @@ class Stream:
                 tensor.data = tensor.data.float()
         return block
 
+    def put_back(self, block: Block, index: int) -> None:
+        """Give back a block that was only looked at."""
+        restore_dtype(block)
+        self.release(index)
+
     def release(self, index: int) -> None:
         """Let go of a block's weights, once they are written, when they came from disk."""
         if self.weights is not None and not self.whole:
             self.weights.release(self.modules[index], self.names[index])
 
     @torch.no_grad()
-    def outputs(self, hidden: list[Tensor]) -> Iterator[Any]:
-        """Yield the model's output for each batch, given what leaves the last block."""
+    def outputs(self, hidden: list[Tensor], only: int | None = None) -> Iterator[Any]:
+        """Yield the model's output for each batch (or for one of them), given what leaves the last block."""
         last = len(self.modules) - 1
-        for batch, state in zip(self.batches, hidden, strict=True):
+        for number, (batch, state) in enumerate(zip(self.batches, hidden, strict=True)):
+            if only is not None and number != only:
+                continue
             if self.whole:
                 yield state
                 continue
