@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 BUILD := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/planish/kernels/csrc/*)
-SITE = $(shell $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .PHONY: demo test lint claims bench docs wheel rivals native
 .DELETE_ON_ERROR:
@@ -34,7 +34,7 @@ wheel: .venv/dev-ok   # build the wheel, and run the unit tests against it from 
 	rm -rf dist .venv-wheel
 	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
 	$(PYTHON) -m venv .venv-wheel
-	echo '$(call SITE,$(PY))' > '$(call SITE,.venv-wheel/bin/python)/dependencies.pth'
+	$(PY) $(SITE) > "$$(.venv-wheel/bin/python $(SITE))/dependencies.pth"
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-installed dist/*.whl
 	cd .venv-wheel && CI=true bin/python -m pytest -q -p no:cacheprovider -c ../pyproject.toml ../tests/unit
 
