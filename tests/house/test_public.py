@@ -32,7 +32,6 @@ def public() -> list[tuple[str, str]]:
 def test_a_room_says_what_is_public_and_has_a_page(room):
     module = importlib.import_module(f"planish.{room}")
     assert module.__doc__, f"planish.{room} has no docstring"
-    assert sorted(module.__all__) == module.__all__, "keep __all__ sorted"
     page = ROOT / "docs" / "reference" / f"{room}.md"
     assert f"::: planish.{room}\n" in page.read_text(encoding="utf-8")
 
@@ -44,6 +43,8 @@ def test_a_public_name_is_documented_with_an_example(module, name):
         return  # a constant is explained where it is defined
     text = inspect.getdoc(thing) or ""
     assert text, "no docstring"
+    if inspect.isabstract(thing):
+        return  # its concrete kinds show how it is used
     assert re.search(r"^Example:$", text, re.MULTILINE), "no Example section"
     examples = doctest.DocTestParser().get_examples(text)
     assert examples, "an Example without >>>"
@@ -54,7 +55,7 @@ def test_a_public_name_is_documented_with_an_example(module, name):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_examples_run(module, monkeypatch):
+def test_the_examples_run(module):
     try:
         loaded = importlib.import_module(module)
     except _support.MissingExtra as missing:
