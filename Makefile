@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+RIVALS_PIP := .venv-rivals/bin/python -m pip install -q --disable-pip-version-check
+NAME ?= quant
 BUILD := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/planish/kernels/csrc/*)
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
@@ -24,7 +26,7 @@ lint: .venv/dev-ok
 claims: .venv/dev-ok
 	$(PY) -m pytest -q -m claim --claims-json docs/claims.json
 
-bench: .venv/dev-ok
+bench: .venv/dev-ok   # make bench NAME=kernels
 	$(PY) -m benchmarks $(NAME)
 
 docs: .venv/dev-ok
@@ -59,8 +61,9 @@ native: .venv/dev-ok   # the compiled module beside its sources, for running fro
 	$(PIP) -e '.[demo,test,docs,dev]'
 	touch .venv/ok $@
 
-.venv-rivals/ok: benchmarks/rivals.txt
+.venv-rivals/ok: constraints.txt benchmarks/rivals.txt benchmarks/rivals-nodeps.txt
 	$(PYTHON) -m venv .venv-rivals
-	.venv-rivals/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-rivals/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/rivals.txt
+	$(RIVALS_PIP) -c constraints.txt torch
+	$(RIVALS_PIP) -r benchmarks/rivals.txt
+	$(RIVALS_PIP) --no-deps -r benchmarks/rivals-nodeps.txt
 	touch $@
