@@ -2,8 +2,10 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+RIVALS_PIP := .venv-rivals/bin/python -m pip install -q --disable-pip-version-check
+NAME ?= quant
 BUILD := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/planish/kernels/csrc/*)
-SITE = $(shell $(1) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .PHONY: demo test lint claims bench docs wheel rivals native
 .DELETE_ON_ERROR:
@@ -24,7 +26,7 @@ lint: .venv/dev-ok
 claims: .venv/dev-ok
 	$(PY) -m pytest -q -m claim --claims-json docs/claims.json
 
-bench: .venv/dev-ok
+bench: .venv/dev-ok   # make bench NAME=kernels
 	$(PY) -m benchmarks $(NAME)
 
 docs: .venv/dev-ok
@@ -34,7 +36,7 @@ wheel: .venv/dev-ok   # build the wheel, and run the unit tests against it from 
 	rm -rf dist .venv-wheel
 	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
 	$(PYTHON) -m venv .venv-wheel
-	echo '$(call SITE,$(PY))' > '$(call SITE,.venv-wheel/bin/python)/dependencies.pth'
+	$(PY) $(SITE) > "$$(.venv-wheel/bin/python $(SITE))/dependencies.pth"
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-installed dist/*.whl
 	cd .venv-wheel && CI=true bin/python -m pytest -q -p no:cacheprovider -c ../pyproject.toml ../tests/unit
 
@@ -59,8 +61,9 @@ native: .venv/dev-ok   # the compiled module beside its sources, for running fro
 	$(PIP) -e '.[demo,test,docs,dev]'
 	touch .venv/ok $@
 
-.venv-rivals/ok: benchmarks/rivals.txt
+.venv-rivals/ok: constraints.txt benchmarks/rivals.txt benchmarks/rivals-nodeps.txt
 	$(PYTHON) -m venv .venv-rivals
-	.venv-rivals/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-rivals/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/rivals.txt
+	$(RIVALS_PIP) -c constraints.txt torch
+	$(RIVALS_PIP) -r benchmarks/rivals.txt
+	$(RIVALS_PIP) --no-deps -r benchmarks/rivals-nodeps.txt
 	touch $@
