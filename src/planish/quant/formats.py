@@ -44,6 +44,11 @@ class QTensor:
         """Shape of the tensor that is represented."""
         return tuple(self.codes.shape)
 
+    def rows(self, part: slice) -> "QTensor":
+        """Return some rows of a matrix."""
+        zero = None if self.zero is None else self.zero[part]
+        return QTensor(self.codes[part], self.scale[part], zero, self.format)
+
     def decode(self) -> Tensor:
         """Return the values, in the scale's precision and at least float32."""
         return self.format.decode(self)

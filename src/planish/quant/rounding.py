@@ -84,16 +84,17 @@ class Clip:
 def best_limits(
     weight: Float[Tensor, "out channels"],
     grid: Affine,
-    importance: Float[Tensor, "channels"],
+    importance: Float[Tensor, "channels"] | Float[Tensor, "channels channels"],
     steps: int = 20,
     least: float = 0.5,
 ) -> Limits:
-    """Return the limits of each group that minimise the squared rounding error, channels weighted by importance.
+    """Return the limits of each group that minimise the error which rounding it causes.
 
     Args:
         weight: W.
         grid: Its format.
-        importance: Weight of each channel's error, at or above zero: the mean square of its activation.
+        importance: Weight of each channel's error, at or above zero (the mean square of its activation); or the mean
+            of x x', with which the error is that of the group's share of the output.
         steps: How many shrink factors from 1 down to `least` are tried.
         least: The smallest factor.
 
@@ -110,14 +111,22 @@ def best_limits(
     channels = weight.shape[1]
     size = grid.group_size or channels
     pad = low.shape[-1] * size - channels
-    weigh = nn.functional.pad(importance.to(low.dtype), (0, pad)).reshape(-1, size)
+    groups = low.shape[-1]
+    if importance.ndim == 1:
+        weigh = nn.functional.pad(importance.to(low.dtype), (0, pad)).reshape(groups, size)
+    else:  # the blocks on the diagonal, one a group
+        square = nn.functional.pad(importance.to(low.dtype), (0, pad, 0, pad)).reshape(groups, size, groups, size)
+        weigh = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     best_low, best_high = low.clone(), high.clone()
     best: Tensor | None = None
     for step in range(steps):
         factor = 1 - (1 - least) * step / (steps - 1)
         gap = grid.fake(weight, limits=(low * factor, high * factor)).to(low.dtype) - weight
         gap = nn.functional.pad(gap, (0, pad)).reshape(*low.shape, size)
-        error = torch.einsum("ogc,gc->og", gap.square(), weigh)
+        if weigh.ndim == 2:
+            error = torch.einsum("ogc,gc->og", gap.square(), weigh)
+        else:
+            error = (torch.bmm(gap.transpose(0, 1), weigh) * gap.transpose(0, 1)).sum(-1).T
         if best is None:
             best = error
             continue

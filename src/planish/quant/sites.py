@@ -73,35 +73,6 @@ class Site:
         """The consumers' weights, (O, C), as float views."""
         return {name: weight_of(module) for name, module in self.consumers.items()}
 
-    def error(self, weights: dict[str, Tensor], calls: "Calls") -> float:
-        """Return the mean squared change of the smallest module that holds all consumers when they have `weights`."""
-        saved = {name: weight_of(self.consumers[name]).clone() for name in weights}
-        try:
-            for name, weight in weights.items():
-                set_weight(self.consumers[name], weight)
-            return calls.error()
-        finally:
-            for name, weight in saved.items():
-                set_weight(self.consumers[name], weight)
-
-
-@dataclass
-class Calls:
-    """Recorded calls of one module and what it returned."""
-
-    module: nn.Module
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    targets: list[Tensor]
-
-    @torch.no_grad()
-    def error(self) -> float:
-        """Return the mean squared difference to the recorded outputs, now."""
-        total, count = 0.0, 0
-        for (args, kwargs), target in zip(self.arguments, self.targets, strict=True):
-            total += (first_tensor(self.module(*args, **kwargs)).float() - target.float()).square().sum().item()
-            count += target.numel()
-        return total / max(count, 1)
-
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a dense layer: `nn.Linear`, or GPT-2's Conv1D, which stores its weight transposed."""
