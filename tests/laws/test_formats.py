@@ -11,7 +11,9 @@ from planish.quant.formats import FP4, Affine, Dual, format_from_dict
 from planish.quant.packing import n_words, pack, unpack
 
 EXACT = [Affine(b, g, s, scale_dtype="float64") for b in (1, 2, 3, 4, 5, 8) for g in (8, None) for s in (False, True)]
-STORED = [Affine(b, 8, s, scale_dtype=d) for b in (2, 4, 8) for s in (False, True) for d in ("float16", "bfloat16", "float32")]
+STORED = [
+    Affine(b, 8, s, scale_dtype=d) for b in (2, 4, 8) for s in (False, True) for d in ("float16", "bfloat16", "float32")
+]
 RAGGED = [Affine(4, 8, ragged=True), Affine(3, 16, symmetric=True, ragged=True, scale_dtype="float32")]
 AFFINE = EXACT + STORED + RAGGED
 FORMATS = [*AFFINE, FP4(16), FP4(8), Dual(8), Dual(2), Dual(4)]
@@ -254,7 +256,7 @@ def test_a_ragged_last_group_is_rounded_as_if_it_were_a_row(x, channels):
 
 def test_a_scale_that_overflows_half_precision_is_refused():
     x = torch.tensor([[4e6, 0.0]])
-    with pytest.raises(ValueError, match="a scale of .* does not fit float16; use scale_dtype='float32'"):
+    with pytest.raises(ValueError, match=r"a scale of .* does not fit float16; use scale_dtype='float32'"):
         Affine(4, 2).encode(x)
     assert Affine(4, 2, scale_dtype="float32").fake(x)[0, 0] == pytest.approx(4e6, rel=1e-6)
     assert Affine(4, 2, scale_dtype="bfloat16").fake(x)[0, 0] == pytest.approx(4e6, rel=2**-8)
