@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from planish.quant.stream import Block
+from planish.quant.stream import Block, kept
 
 if TYPE_CHECKING:
     from planish.quant.sites import Site
@@ -66,9 +66,7 @@ def watching(site: "Site", take: Any, keep: list[Tensor | None]) -> Iterator[Non
         x = args[0]
         turn["batch"] += 1
         mask = keep[turn["batch"]] if turn["batch"] < len(keep) and not site.split else None
-        rows = x.reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.reshape(-1).to(rows.device)]
+        rows = kept(x, mask)
         take(rows if rows.dtype == torch.float64 else rows.float())
 
     handles = [site.consumers[name].register_forward_pre_hook(look) for name in watched]

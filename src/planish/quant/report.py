@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-
-from planish.quant.stream import Block
+from planish.quant.stream import Block, kept
 
 if TYPE_CHECKING:
     from planish.quant.engine import Method
@@ -41,9 +40,12 @@ class BlockReport:
         return cls(name=block.name or "model", sites=len(sites))
 
     def finish(self, block: Block, clean: list[Tensor], hidden: list[Tensor]) -> None:
-        """Enter the error of the block's output."""
-        gap = sum((h.float() - c.float()).square().sum().item() for h, c in zip(hidden, clean, strict=True))
-        size = sum(c.float().square().sum().item() for c in clean)
+        """Enter the error of the block's output, padded tokens left out."""
+        gap = size = 0.0
+        for ours, theirs, mask in zip(hidden, clean, block.keep, strict=True):
+            a, b = kept(ours, mask).float(), kept(theirs, mask).float()
+            gap += (a - b).square().sum().item()
+            size += b.square().sum().item()
         self.error = gap / size if size else 0.0
         self.clean = []
 
@@ -141,6 +143,3 @@ def model_bytes(model: nn.Module) -> int:
         key = (tensor.data_ptr(), tensor.numel()) if tensor.device.type != "meta" else id(tensor)
         seen[key] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
-
-
-

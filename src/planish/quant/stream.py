@@ -59,13 +59,16 @@ class Block:
             yield self.call(hidden, context)
 
     def sample(self) -> tuple[Any, dict[str, Any]]:
-        """Return one call of the block on the first row of the first batch, for checks that need no more."""
-        hidden, context = self.inputs[0], self.context[0]
-        if self.first is None or not isinstance(hidden, Tensor) or hidden.shape[0] == 1:
+        """Return one call of the block, on the row of the first batch that is padded least, for checks."""
+        hidden, context, keep = self.inputs[0], self.context[0], self.keep[0]
+        if self.first is None or not isinstance(hidden, Tensor) or hidden.shape[0] <= 1:
             return hidden, context
         rows = hidden.shape[0]
-        cut = {k: v[:1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()}
-        return hidden[:1], cut
+        i = int(keep.sum(-1).argmax()) if keep is not None and keep.shape[0] == rows else 0
+        cut = {
+            k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()
+        }
+        return hidden[i : i + 1], cut
 
     @torch.no_grad()
     def call(self, hidden: Any, context: Mapping[str, Any]) -> Tensor:  # noqa: ANN401  (a whole batch for a whole model)
@@ -110,6 +113,7 @@ class Stream:
         self.contexts: list[list[dict[str, Any]]] = []
         self.first: str | None = None
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+        self._returns_more = False
 
     @torch.no_grad()
     def start(self) -> list[Any]:
@@ -134,7 +138,7 @@ class Stream:
         state = bound.pop(self.first or "")
         bound = _to(bound, self.device, torch.float32)
         if index == 0:
-            if not hidden:  # run one block for real, once, to learn how blocks wrap their hidden states
+            if not hidden or self._returns_more:  # run a block for real, to learn how blocks wrap their hidden states
                 self._learn_wrapping(state, bound)
             hidden.append(_to(state, self.device, torch.float32))
         self.contexts[index].append(bound)
@@ -146,7 +150,9 @@ class Stream:
         output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
         restore_dtype(block)
         if isinstance(output, tuple):
-            self._wrap = lambda hidden: (hidden, *output[1:])
+            rest = output[1:]
+            self._wrap = lambda hidden: (hidden, *rest)
+            self._returns_more = any(True for _ in tensors_in(rest))  # position biases: each batch has its own
         elif not isinstance(output, Tensor):
             raise bad("quantize", "model", "one whose blocks return a tensor or a tuple", type(output).__name__)
         self.release(0)
@@ -301,9 +307,19 @@ def _to(value: Any, device: torch.device, half: torch.dtype | None = None) -> An
 
 
 def _token_mask(batch: Any) -> Tensor | None:  # noqa: ANN401
-    """The padding mask of a tokenized batch: padded tokens count in no statistic."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    """The padding mask of a tokenized batch: padded tokens count in no statistic.
+
+    With two sequences in a batch (encoder and decoder) the mask speaks of one of them, and every token counts.
+    """
+    single = isinstance(batch, Mapping) and "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch
+    mask = batch.get("attention_mask") if single else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
+
+
+def kept(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the values of tokens that count, (tokens, channels): all but the padded ones."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if mask is None or mask.numel() != rows.shape[0] else rows[mask.reshape(-1).to(rows.device)]
 
 
 def _first_parameter(module: nn.Module) -> str:
