@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from planish._support import bad
+from planish._support import bad, logger
 
 
 class Weights(Protocol):
@@ -114,28 +114,46 @@ class Stream:
         self.first: str | None = None
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
         self._returns_more = False
+        self._passed: Any = None  # what the recorder before returned
 
     @torch.no_grad()
     def start(self) -> list[Any]:
         """Record what every block is called with and return the hidden states that enter the first."""
-        if self.whole:
-            if self.weights is not None:
-                self.weights.load(self.model, "")
-            self.contexts = [[{} for _ in self.batches]]
-            return list(self.batches)
-        self._load_rest()
-        self.first = _first_parameter(self.modules[0])
-        self.contexts = [[] for _ in self.modules]
+        if not self.whole:
+            self._load_rest()
+            self.first = _first_parameter(self.modules[0])
+            self.contexts = [[] for _ in self.modules]
+            try:
+                return self._record_all()
+            except _NotAChainError as found:
+                logger.warning("%s of %s: the model is processed as one block", found, type(self.model).__name__)
+                self.names, self.modules, self.whole, self.first = [""], [self.model], True, None
+        if self.weights is not None:
+            self.weights.load(self.model, "")
+        self.contexts = [[{} for _ in self.batches]]
+        return list(self.batches)
+
+    def _record_all(self) -> list[Any]:
+        """Run every batch with recorders in the blocks' place; the blocks must form a chain, each called once."""
         hidden: list[Any] = []
-        for batch in self.batches:
-            with self._replaced(lambda i, bound, h=hidden: self._record(i, bound, h)):
+        for count, batch in enumerate(self.batches, 1):
+
+            def record(index: int, bound: dict[str, Any], before: list[Any] = hidden) -> Any:  # noqa: ANN401
+                return self._record(index, bound, before)
+
+            with self._replaced(record):
                 call_model(self.model, _to(batch, self.device))
-        if len(hidden) != len(self.batches):
-            raise bad("quantize", "model", "one that runs its blocks once a batch", f"{len(hidden)} runs")
+            if any(len(calls) != count for calls in self.contexts):
+                raise _NotAChainError(f"not every one of the blocks {self.names[0]} ... runs")
         return hidden
 
     def _record(self, index: int, bound: dict[str, Any], hidden: list[Any]) -> Any:  # noqa: ANN401
         state = bound.pop(self.first or "")
+        if index and not (len(self.contexts[index]) < len(hidden) and _equal(state, self._passed)):
+            raise _NotAChainError(f"{self.names[index]} is not fed what {self.names[index - 1]} returns")
+        if not index and len(hidden) > len(self.contexts[-1]):
+            raise _NotAChainError(f"{self.names[index]} runs twice")
+        self._passed = state
         bound = _to(bound, self.device, torch.float32)
         if index == 0:
             if not hidden or self._returns_more:  # run a block for real, to learn how blocks wrap their hidden states
@@ -217,6 +235,16 @@ class Stream:
 
             with self._replaced(answer):
                 yield call_model(self.model, _to(batch, self.device))
+
+
+class _NotAChainError(Exception):
+    """Raised while recording, where blocks do not feed one another in order: experts, heads, layers that are shared."""
+
+
+def _equal(a: Any, b: Any) -> bool:  # noqa: ANN401
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
+        return False
+    return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def round_off(block: Block) -> None:
