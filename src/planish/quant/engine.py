@@ -14,14 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from planish._support import bad
+from planish._support import bad, warn_once
 from planish.quant import fold
+from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format
 from planish.quant.layers import QLinear
 from planish.quant.moments import measure
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
-from planish.quant.sites import Site, find_sites, is_linear, rebind, weight_of
+from planish.quant.sites import Site, find_sites, is_linear, rebind, stays_float, weight_of
 from planish.quant.stream import Block, Stream, Weights, restore_dtype, round_off
 from planish.quant.transforms import Transform
 
@@ -135,6 +136,7 @@ class Walk:
         if any(isinstance(m, QLinear) for m in model.modules()):
             raise bad("quantize", "model", "a float model", "one that holds QLinear layers already")
         self.model, self.skip = model, tuple(skip)
+        unfuse(model)  # experts kept as one tensor become linears; the function stays the same
         self.stream = Stream(model, batches, device=device, weights=weights)
         self.journal = journal
         self.progress = progress or (lambda stage, done, total: None)
@@ -172,11 +174,11 @@ def process(block: Block, sites: list[Site], method: Method, *, check: bool = Tr
     """
     folded: dict[str, bool] = {}
     for site in sites:  # 1. smooth: exact
-        transform = method.transform(site, method)
+        transform = None if site.unseen else method.transform(site, method)
         if transform is not None:
             folded[site.kind] = fold.apply(block, transform, site, check=check, online=method.online)
     for site in sites:  # 2. round: lossy
-        place(block, method.round(site, method))
+        place(block, (Nearest() if site.unseen else method.round)(site, method))
     method.refine(block, method)  # 3. refine
     return folded
 
@@ -262,6 +264,11 @@ def quantize(
             sites = walk.sites(block)
             clean = measure(block, sites)
             entry = BlockReport.of(block, sites)
+            if entry.unseen:
+                warn_once(
+                    f"quantize, block {block.name}: no token was sent to {', '.join(entry.unseen)}; what no data is known "
+                    "for is rounded to nearest. More batches may reach it."
+                )
             block.inputs = hidden if method.feed == "quantized" else block.inputs
             entry.folded = process(block, sites, method)
             round_off(block)
@@ -284,7 +291,7 @@ def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -
     """Refuse, by name, weights that cannot be rounded: not finite, or not divisible into groups."""
     where = f"quantize, block {block.name or 'model'}"
     for name, module in block.module.named_modules():
-        if not is_linear(module) or skipped(name):
+        if not is_linear(module) or stays_float(module) or skipped(name):
             continue
         weight = weight_of(module)
         if not torch.isfinite(weight).all():

@@ -112,7 +112,7 @@ class Affine(Format):
         """Check the arguments."""
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise bad("Affine", "bits", "an integer from 1 to 8", self.bits)
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        if self.group_size is not None and not _is_size(self.group_size):
             raise bad("Affine", "group_size", "a positive integer or None (one scale a row)", self.group_size)
         if self.scale_dtype not in SCALE_DTYPES:
             raise bad("Affine", "scale_dtype", f"one of {', '.join(SCALE_DTYPES)}", self.scale_dtype)
@@ -214,6 +214,10 @@ class FP4(Format):
     Args:
         group_size: Neighbouring channels that share a scale; default 16.
 
+    Raises:
+        ValueError: `group_size` is not a positive integer; on `encode`, a value is not finite or the channels do not
+            divide.
+
     The scale of the whole tensor is a power of two, so that the stored scale (e4m3 times that power) is exact in
     float32 and both factors can be told apart again.
 
@@ -225,6 +229,11 @@ class FP4(Format):
 
     group_size: int = 16
 
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not _is_size(self.group_size):
+            raise bad("FP4", "group_size", "a positive integer", self.group_size)
+
     def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
         """Round to the grid; see `Format.encode`."""
         work = _working(x).float()
@@ -232,7 +241,8 @@ class FP4(Format):
         grouped, channels = Affine(4, self.group_size)._grouped(work)
         top = grouped.abs().amax(-1) if limits is None else torch.maximum(limits[0].abs(), limits[1].abs()).float()
         scale = top / 6.0
-        outer = torch.exp2(torch.ceil(torch.log2(scale.amax().clamp(min=1e-30) / 448.0)))
+        most = scale.amax() if scale.numel() else scale.new_zeros(())
+        outer = torch.exp2(torch.ceil(torch.log2(most.clamp(min=1e-30) / 448.0)))
         scale = (scale / outer).to(torch.float8_e4m3fn).float()
         scale = torch.where(scale > 0, scale, 2.0**-9) * outer  # smallest e4m3: an all-zero group stays zero
         values = torch.tensor(_FP4_VALUES, device=x.device)
@@ -270,7 +280,7 @@ class Dual(Format):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
             raise bad("Dual", "bits", "an integer from 2 to 8", self.bits)
 
     def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
@@ -280,7 +290,7 @@ class Dual(Format):
         if limits is None:
             low, high = work.amin(-1, keepdim=True).clamp(max=0), work.amax(-1, keepdim=True).clamp(min=0)
         else:
-            low, high = limits
+            low, high = limits[0].clamp(max=0), limits[1].clamp(min=0)
         half = 1 << (self.bits - 1)
         scale = torch.cat([-low / half, high / (half - 1)], -1)
         scale = torch.where(scale > 0, scale, 1.0)
@@ -310,7 +320,13 @@ def format_from_dict(description: dict[str, Any]) -> Format:
 
 def _working(x: Tensor) -> Tensor:
     """At least float32: ranges and scales are never computed in half precision."""
+    if not x.ndim or not x.shape[-1]:
+        raise bad("Format.encode", "x", "a tensor with at least one channel", tuple(x.shape))
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check_finite(x: Tensor) -> None:

@@ -8,6 +8,7 @@ that `state_dict()` is what lies on disk.
 Legend: O outputs, I inputs, G groups of a row.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -152,15 +153,20 @@ class QLinear(nn.Module):
         return y if low is None else y + low @ cast(Tensor, self.up).to(x.dtype).T
 
     def _runtime_zeros(self) -> Tensor:
-        """Zero points as the kernels want them, unpacked once."""
-        made = self.__dict__.get("_zeros")
-        if made is None or made.device != self.weight_scale.device:
-            made = self.__dict__["_zeros"] = self.zeros()
-        return cast(Tensor, made)
+        """Zero points as the kernels want them, unpacked once for as long as the packed ones are not written to."""
+        packed = self.weight_scale if self.weight_zero_point is None else self.weight_zero_point
+        kept = self.__dict__.get("_zeros")
+        if kept is None or kept[0] is not packed or kept[1] != packed._version:
+            kept = self.__dict__["_zeros"] = packed, packed._version, self.zeros()
+        return cast(Tensor, kept[2])
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self.__dict__.pop("_zeros", None)
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
+        """Move the layer, but leave the scales in the precision that the codes were chosen for."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
 
     def dequantize(self) -> nn.Linear:
         """Return the `nn.Linear` that this layer equals when `act` is None: the oracle of its tests."""

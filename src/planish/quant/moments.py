@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from planish.quant.stream import Block
+from planish.quant.stream import Block, kept
 
 if TYPE_CHECKING:
     from planish.quant.sites import Site
@@ -56,22 +56,41 @@ class Moments:
 def watching(site: "Site", take: Any, keep: list[Tensor | None]) -> Iterator[None]:  # noqa: ANN401
     """Call `take(tokens)` with what enters a site, every time its consumers run, padded tokens left out.
 
-    Consumers that see one tensor are watched through the first; experts, which see only their own tokens, each.
+    Consumers that see one tensor are watched through the first; experts, which see only their own tokens, through a
+    layer that sees all (the router), or each where there is none.
     """
     turn = {"batch": -1}
-    names = list(site.consumers)
-    watched = names if site.split else names[:1]
+    modules = site.consumers | site.readers
+    watched = [site.whole] if site.whole else list(site.consumers) if site.split else list(site.consumers)[:1]
+    masked = not site.split or site.whole is not None
 
     def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         turn["batch"] += 1
-        mask = keep[turn["batch"]] if turn["batch"] < len(keep) and not site.split else None
-        rows = x.reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.reshape(-1).to(rows.device)]
+        mask = keep[turn["batch"]] if masked and turn["batch"] < len(keep) else None
+        rows = kept(x, mask)
         take(rows if rows.dtype == torch.float64 else rows.float())
 
-    handles = [site.consumers[name].register_forward_pre_hook(look) for name in watched]
+    handles = [modules[name].register_forward_pre_hook(look) for name in watched]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _counting(site: "Site") -> Iterator[None]:
+    """Count the tokens that reach each consumer of a site."""
+    site.tokens = dict.fromkeys(site.consumers, 0)
+
+    def count(name: str) -> Any:  # noqa: ANN401
+        def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            site.tokens[name] += args[0].numel() // args[0].shape[-1]
+
+        return look
+
+    handles = [module.register_forward_pre_hook(count(name)) for name, module in site.consumers.items()]
     try:
         yield
     finally:
@@ -104,6 +123,8 @@ def measure(block: Block, sites: Sequence["Site"]) -> list[Tensor]:
     with ExitStack() as stack:
         for site in sites:
             stack.enter_context(watching(site, taker(site), block.keep))
+            if site.split:
+                stack.enter_context(_counting(site))
         for output in block.run():
             outputs.append(output)
     return outputs

@@ -75,13 +75,12 @@ def unpack(packed: Int32[Tensor, "rows words"], bits: int, columns: int) -> UInt
     _check_bits("unpack", bits)
     if packed.ndim != 2 or packed.shape[1] != n_words(columns, bits):
         raise bad("unpack", "packed", f"(rows, {n_words(columns, bits)}) for {columns} codes of {bits} bits", packed.shape)
-    rows = packed.shape[0]
     mask = (1 << bits) - 1
     if 32 % bits == 0:
         each = 32 // bits
         shifts = torch.arange(each, device=packed.device, dtype=torch.int32) * bits
         codes = (packed[..., None] >> shifts) & mask
-        return codes.to(torch.uint8).reshape(rows, -1)[:, :columns]
+        return codes.to(torch.uint8).flatten(1)[:, :columns]
     first = torch.arange(columns, device=packed.device) * bits
     word, offset = first // 32, first % 32
     wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int64) & 0xFFFFFFFF

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-
-from planish.quant.stream import Block
+from planish.quant.stream import Block, kept
 
 if TYPE_CHECKING:
     from planish.quant.engine import Method
@@ -24,7 +23,7 @@ class BlockReport:
         sites: How many groups of layers that share an input were found.
         folded: For each site that was transformed, whether the transform went into the layer before.
         error: Squared error of the block's output relative to the float model's, everything before it included.
-        tokens: Tokens that each expert saw, by layer; empty where all layers see all.
+        tokens: Tokens that each expert saw, by its name in the block; empty where all layers see all.
         clean: What the float block makes of its inputs; not part of the report proper.
     """
 
@@ -38,12 +37,21 @@ class BlockReport:
     @classmethod
     def of(cls, block: Block, sites: Sequence["Site"]) -> "BlockReport":
         """Start the report of a block whose sites were found and measured."""
-        return cls(name=block.name or "model", sites=len(sites))
+        tokens = {name.rpartition(".")[0]: count for site in sites for name, count in site.tokens.items()}
+        return cls(name=block.name or "model", sites=len(sites), tokens=tokens)
+
+    @property
+    def unseen(self) -> list[str]:
+        """Experts that no token was sent to: nothing is known of what enters their last layer."""
+        return [name for name, count in self.tokens.items() if not count]
 
     def finish(self, block: Block, clean: list[Tensor], hidden: list[Tensor]) -> None:
-        """Enter the error of the block's output."""
-        gap = sum((h.float() - c.float()).square().sum().item() for h, c in zip(hidden, clean, strict=True))
-        size = sum(c.float().square().sum().item() for c in clean)
+        """Enter the error of the block's output, padded tokens left out."""
+        gap = size = 0.0
+        for ours, theirs, mask in zip(hidden, clean, block.keep, strict=True):
+            a, b = kept(ours, mask).float(), kept(theirs, mask).float()
+            gap += (a - b).square().sum().item()
+            size += b.square().sum().item()
         self.error = gap / size if size else 0.0
         self.clean = []
 
@@ -68,7 +76,7 @@ class Report:
         bytes_before: Size of the model as it came.
         bytes_after: Size of the quantized model.
         seconds: Wall time.
-        left_in_float: Linear layers that were not quantized, by name.
+        left_in_float: Linear layers, and fused experts, that were not quantized, by name.
         search: What the search before the pass found (loss by alpha), if there was one.
     """
 
@@ -91,11 +99,12 @@ class Report:
 
     def finish(self, model: nn.Module, seconds: float) -> None:
         """Enter what is known at the end."""
+        from planish.quant.experts import fused_experts
         from planish.quant.sites import is_linear
 
         self.seconds = seconds
         self.bytes_after = model_bytes(model)
-        self.left_in_float = [n for n, m in model.named_modules() if is_linear(m)]
+        self.left_in_float = [n for n, m in model.named_modules() if is_linear(m)] + fused_experts(model)
 
     def worst(self, count: int = 5) -> list[BlockReport]:
         """Return the blocks that add most error, worst first."""
@@ -141,6 +150,3 @@ def model_bytes(model: nn.Module) -> int:
         key = (tensor.data_ptr(), tensor.numel()) if tensor.device.type != "meta" else id(tensor)
         seen[key] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
-
-
-

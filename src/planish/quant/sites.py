@@ -9,16 +9,20 @@ nothing else does. One run finds whether all channels doubled; log2(rows) more r
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from planish.quant.experts import Experts, visiting_all
 from planish.quant.moments import Moments
 from planish.quant.stream import Block, first_tensor
 from planish.quant.transforms import Transform
+
+
+_FEWEST_OUTPUTS = 16
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Site:
         channels: Which output of the producer each input channel comes from; None for one to one.
         block: The block it is in.
         split: Whether each consumer sees only some of the tokens (experts).
+        whole: Name of a consumer or reader that sees all of them; None where there is none or `split` is False.
+        tokens: Tokens that each consumer saw, by name; empty unless `split`.
         measured: Statistics of the activation in the float model.
         online: Transform that found no layer to fold into.
     """
@@ -45,8 +51,15 @@ class Site:
     channels: Int[Tensor, "channels"] | None
     block: Block
     split: bool = False
+    whole: str | None = None
+    tokens: dict[str, int] = field(default_factory=dict)
     measured: Moments | None = None
     online: Transform | None = None
+
+    @property
+    def unseen(self) -> bool:
+        """Whether no token reached the site: nothing is known of its activation."""
+        return self.split and self.measured is None
 
     @property
     def moments(self) -> Moments:
@@ -79,6 +92,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
+def stays_float(module: nn.Module) -> bool:
+    """Tell whether a dense layer is too small to be worth rounding: fewer than 16 outputs, as gates and routers have."""
+    return weight_of(module).shape[0] < _FEWEST_OUTPUTS
+
+
 def weight_of(module: nn.Module) -> Float[Tensor, "out in"]:
     """Return a dense layer's weight as (O, I), whatever way it is stored; a view."""
     weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
@@ -109,7 +127,7 @@ def find_sites(block: Block, skip: Callable[[str], bool], known: dict[Any, list[
     trace = _Trace(block)
     sites = trace.sites(skip)
     if known is not None:
-        known[signature] = [replace(site, measured=None) for site in sites]
+        known[signature] = [replace(site, measured=None, tokens={}) for site in sites]
     return sites
 
 
@@ -122,7 +140,7 @@ def rebind(site: Site, block: Block) -> Site:
         consumers={n: get(n) for n in site.consumers},
         readers={n: get(n) for n in site.readers},
         producer=producer, producer_name=site.producer_name, channels=site.channels,
-        block=block, split=site.split, measured=site.measured,
+        block=block, split=site.split, whole=site.whole, tokens=site.tokens, measured=site.measured,
     )  # fmt: skip
 
 
@@ -132,15 +150,18 @@ class _Trace:
     def __init__(self, block: Block) -> None:
         self.block = block
         self.received: dict[str, Tensor] = {}
+        self.row_sets: dict[str, set[bytes]] = {}
         self.returned: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module] = {}
         self.small = block.sample()
         with self._recording():
             output = self._run()
-        self.deterministic = torch.equal(output, self._run())  # else nothing is folded on luck
+        again = self._run()  # else nothing is folded on luck
+        self.deterministic = output.shape == again.shape and bool(_alike(output, again).all())
 
     def _run(self) -> Tensor:
-        return self.block.call(*self.small)
+        with visiting_all(self.block.module):
+            return self.block.call(*self.small)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -173,18 +194,43 @@ class _Trace:
                 groups.setdefault(self._source(name, groups), []).append(name)
         found = []
         for names in groups.values():
-            linears = [n for n in names if is_linear(self.modules[n]) and not skip(n)]
+            partial = self._partial(names)
+            counts = {len(container._modules) for container in partial.values()}  # as many outputs has a plain router
+            linears = [
+                n for n in names
+                if is_linear(self.modules[n]) and not stays_float(self.modules[n]) and not skip(n)
+                and (n in partial or weight_of(self.modules[n]).shape[0] not in counts)
+            ]  # fmt: skip
             if not linears:
                 continue
             consumers = {n: self.modules[n] for n in linears}
             width = weight_of(consumers[linears[0]]).shape[1]
             readers = {n: self.modules[n] for n in names if n not in consumers and _reads(self.modules[n], width)}
-            shared = len({_memory(self.received[n]) for n in linears}) == 1
-            site = Site("+".join(linears), consumers, readers, None, None, None, self.block, split=not shared)
+            site = Site("+".join(linears), consumers, readers, None, None, None, self.block)
+            site.split = any(n in partial for n in linears)
+            if site.split:
+                site.whole = next((n for n in names if n not in partial and n in (consumers | readers)), None)
             if self.deterministic:
                 self._find_producer(site, names, order)
             found.append(site)
         return found
+
+    def _partial(self, names: list[str]) -> dict[str, nn.Module]:
+        """Layers of experts among the readers of one input, each with the list of experts that it belongs to."""
+        found = {}
+        for name in names:
+            parts = name.split(".")
+            path = next((".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()), None)
+            if path is not None:
+                container = self.block.module.get_submodule(path)
+                if isinstance(container, Experts) or _memory(self.received[name]) != _memory(self.received[names[0]]):
+                    found[name] = container
+        return found
+
+    def _rows(self, name: str) -> set[bytes]:
+        if name not in self.row_sets:
+            self.row_sets[name] = _row_set(self.received[name])
+        return self.row_sets[name]
 
     def _source(self, name: str, groups: dict[Any, list[str]]) -> Any:  # noqa: ANN401
         """What identifies a layer's input: its memory, or the earlier input whose rows these are (tokens of an expert)."""
@@ -192,10 +238,9 @@ class _Trace:
         key = _memory(x)
         if key in groups or x.ndim != 2:
             return key
-        rows = _row_set(x)
         for other, members in groups.items():
             earlier = self.received[members[0]]
-            if earlier.shape[-1] == x.shape[-1] and earlier.numel() > x.numel() and rows <= _row_set(earlier):
+            if earlier.shape[-1] == x.shape[-1] and earlier.numel() >= x.numel() and self._rows(name) <= self._rows(members[0]):
                 return other
         return key
 
@@ -222,7 +267,7 @@ class _Trace:
         outputs = self.returned[producer].shape[-1]
         reference = self.received[consumer].reshape(-1, self.received[consumer].shape[-1])
         index = torch.arange(outputs, device=reference.device)
-        alive = (reference != 0).any(0)
+        alive = ((reference != 0) & ~reference.isnan()).any(0)
         rows = self._clean_rows(producer, consumer, reference, outputs, alive)
         if rows is None:
             return None
@@ -291,7 +336,7 @@ class _Trace:
         if not seen or seen[0].numel() != reference.numel():
             return None
         now = seen[0].reshape(reference.shape)
-        twice, same = (now == 2 * reference).all(0), (now == reference).all(0)
+        twice, same = _alike(now, 2 * reference).all(0), _alike(now, reference).all(0)
         return twice & ~same if bool((twice | same).all()) else None
 
 
@@ -308,6 +353,11 @@ def _reads(module: nn.Module, width: int) -> bool:
 def _memory(x: Tensor) -> tuple[int, int, int]:
     """What tells one tensor from another, whatever shape it is viewed in."""
     return x.untyped_storage().data_ptr(), x.storage_offset(), x.numel()
+
+
+def _alike(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors are equal, bit for bit; NaN (padded tokens of some models) equals NaN."""
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 def _row_set(x: Tensor) -> set[bytes]:

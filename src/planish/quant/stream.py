@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from planish._support import bad
+from planish._support import bad, logger
 
 
 class Weights(Protocol):
@@ -59,13 +59,16 @@ class Block:
             yield self.call(hidden, context)
 
     def sample(self) -> tuple[Any, dict[str, Any]]:
-        """Return one call of the block on the first row of the first batch, for checks that need no more."""
-        hidden, context = self.inputs[0], self.context[0]
-        if self.first is None or not isinstance(hidden, Tensor) or hidden.shape[0] == 1:
+        """Return one call of the block, on the row of the first batch that is padded least, for checks."""
+        hidden, context, keep = self.inputs[0], self.context[0], self.keep[0]
+        if self.first is None or not isinstance(hidden, Tensor) or hidden.shape[0] <= 1:
             return hidden, context
         rows = hidden.shape[0]
-        cut = {k: v[:1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()}
-        return hidden[:1], cut
+        i = int(keep.sum(-1).argmax()) if keep is not None and keep.shape[0] == rows else 0
+        cut = {
+            k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()
+        }
+        return hidden[i : i + 1], cut
 
     @torch.no_grad()
     def call(self, hidden: Any, context: Mapping[str, Any]) -> Tensor:  # noqa: ANN401  (a whole batch for a whole model)
@@ -110,31 +113,50 @@ class Stream:
         self.contexts: list[list[dict[str, Any]]] = []
         self.first: str | None = None
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+        self._returns_more = False
+        self._passed: Any = None  # what the recorder before returned
 
     @torch.no_grad()
     def start(self) -> list[Any]:
         """Record what every block is called with and return the hidden states that enter the first."""
-        if self.whole:
-            if self.weights is not None:
-                self.weights.load(self.model, "")
-            self.contexts = [[{} for _ in self.batches]]
-            return list(self.batches)
-        self._load_rest()
-        self.first = _first_parameter(self.modules[0])
-        self.contexts = [[] for _ in self.modules]
+        if not self.whole:
+            self._load_rest()
+            self.first = _first_parameter(self.modules[0])
+            self.contexts = [[] for _ in self.modules]
+            try:
+                return self._record_all()
+            except _NotAChainError as found:
+                logger.warning("%s of %s: the model is processed as one block", found, type(self.model).__name__)
+                self.names, self.modules, self.whole, self.first = [""], [self.model], True, None
+        if self.weights is not None:
+            self.weights.load(self.model, "")
+        self.contexts = [[{} for _ in self.batches]]
+        return list(self.batches)
+
+    def _record_all(self) -> list[Any]:
+        """Run every batch with recorders in the blocks' place; the blocks must form a chain, each called once."""
         hidden: list[Any] = []
-        for batch in self.batches:
-            with self._replaced(lambda i, bound, h=hidden: self._record(i, bound, h)):
+        for count, batch in enumerate(self.batches, 1):
+
+            def record(index: int, bound: dict[str, Any], before: list[Any] = hidden) -> Any:  # noqa: ANN401
+                return self._record(index, bound, before)
+
+            with self._replaced(record):
                 call_model(self.model, _to(batch, self.device))
-        if len(hidden) != len(self.batches):
-            raise bad("quantize", "model", "one that runs its blocks once a batch", f"{len(hidden)} runs")
+            if any(len(calls) != count for calls in self.contexts):
+                raise _NotAChainError(f"not every one of the blocks {self.names[0]} ... runs")
         return hidden
 
     def _record(self, index: int, bound: dict[str, Any], hidden: list[Any]) -> Any:  # noqa: ANN401
         state = bound.pop(self.first or "")
+        if index and not (len(self.contexts[index]) < len(hidden) and _equal(state, self._passed)):
+            raise _NotAChainError(f"{self.names[index]} is not fed what {self.names[index - 1]} returns")
+        if not index and len(hidden) > len(self.contexts[-1]):
+            raise _NotAChainError(f"{self.names[index]} runs twice")
+        self._passed = state
         bound = _to(bound, self.device, torch.float32)
         if index == 0:
-            if not hidden:  # run one block for real, once, to learn how blocks wrap their hidden states
+            if not hidden or self._returns_more:  # run a block for real, to learn how blocks wrap their hidden states
                 self._learn_wrapping(state, bound)
             hidden.append(_to(state, self.device, torch.float32))
         self.contexts[index].append(bound)
@@ -146,7 +168,9 @@ class Stream:
         output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
         self.put_back(block, 0)
         if isinstance(output, tuple):
-            self._wrap = lambda hidden: (hidden, *output[1:])
+            rest = output[1:]
+            self._wrap = lambda hidden: (hidden, *rest)
+            self._returns_more = any(True for _ in tensors_in(rest))  # position biases: each batch has its own
         elif not isinstance(output, Tensor):
             raise bad("quantize", "model", "one whose blocks return a tensor or a tuple", type(output).__name__)
 
@@ -217,6 +241,16 @@ class Stream:
 
             with self._replaced(answer):
                 yield call_model(self.model, _to(batch, self.device))
+
+
+class _NotAChainError(Exception):
+    """Raised while recording, where blocks do not feed one another in order: experts, heads, layers that are shared."""
+
+
+def _equal(a: Any, b: Any) -> bool:  # noqa: ANN401
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
+        return False
+    return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def round_off(block: Block) -> None:
@@ -307,9 +341,19 @@ def _to(value: Any, device: torch.device, half: torch.dtype | None = None) -> An
 
 
 def _token_mask(batch: Any) -> Tensor | None:  # noqa: ANN401
-    """The padding mask of a tokenized batch: padded tokens count in no statistic."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    """The padding mask of a tokenized batch: padded tokens count in no statistic.
+
+    With two sequences in a batch (encoder and decoder) the mask speaks of one of them, and every token counts.
+    """
+    single = isinstance(batch, Mapping) and "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch
+    mask = batch.get("attention_mask") if single else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
+
+
+def kept(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the values of tokens that count, (tokens, channels): all but the padded ones."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if mask is None or mask.numel() != rows.shape[0] else rows[mask.reshape(-1).to(rows.device)]
 
 
 def _first_parameter(module: nn.Module) -> str:
