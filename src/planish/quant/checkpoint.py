@@ -249,17 +249,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's layers and tensors into a model, all checked before the first one."""
     modules = dict(model.named_modules())
     for name, layer in checkpoint.layers.items():
-        there = modules.get(name)
-        if there is None:
-            raise CheckpointError(f"`{name}`: the model has no such layer.", "name")
-        found = _features(there)
-        if found is None or not name:
-            raise CheckpointError(f"`{name}`: the model has {type(there).__name__} there, not a dense layer.", "shape")
-        if found != (layer.in_features, layer.out_features):
-            raise CheckpointError(
-                f"`{name}`: the model has {found[0]} -> {found[1]} there, the checkpoint {layer.in_features} -> {layer.out_features}.",
-                "shape",
-            )
+        check_place(name, modules.get(name), layer)
     inside = tuple(name + "." for name in checkpoint.layers)
     slots = {k: v for k, v in model.state_dict(keep_vars=True).items() if not (inside and k.startswith(inside))}
     ties: dict[int, list[str]] = {}
@@ -282,6 +272,22 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         layer.training = modules[name].training
         model.set_submodule(name, layer)
     _assign(model, slots, ties, checkpoint.tensors)
+
+
+def check_place(name: str, there: nn.Module | None, layer: QLinear) -> None:
+    """Refuse a layer for which the model has no dense layer of its size.
+
+    Raises:
+        CheckpointError: See above; the reason is "name" or "shape".
+    """
+    if there is None:
+        raise CheckpointError(f"`{name}`: the model has no such layer.", "name")
+    found = _features(there)
+    if found is None or not name:
+        raise CheckpointError(f"`{name}`: the model has {type(there).__name__} there, not a dense layer.", "shape")
+    if found != (layer.in_features, layer.out_features):
+        sizes = f"the model has {found[0]} -> {found[1]} there, the checkpoint {layer.in_features} -> {layer.out_features}"
+        raise CheckpointError(f"`{name}`: {sizes}.", "shape")
 
 
 def _promised_ties(model: nn.Module) -> list[set[str]]:

@@ -71,14 +71,18 @@ def describe(name: str, layer: QLinear) -> dict[str, Any]:
     """Describe one layer as JSON-able values: all that its tensors do not say."""
     made: dict[str, Any] = {"in": layer.in_features, "out": layer.out_features, "weight": layer.format.to_dict()}
     if layer.bias is not None:
-        made["bias"] = True
+        made["bias"] = _dtype_name(layer.bias)
     if layer.act is not None:
         made["act"] = layer.act.to_dict()
     if layer.transform is not None:
         made["transform"] = _describe_transform(name, layer.transform)
     if layer.down is not None:
-        made["rank"] = layer.down.shape[0]
+        made["low_rank"] = {"rank": layer.down.shape[0], "dtype": _dtype_name(layer.down)}
     return made
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _describe_transform(name: str, transform: Transform) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def _describe_transform(name: str, transform: Transform) -> dict[str, Any]:
     if _PARTS.get(kind) is not type(transform):
         raise CheckpointError(f"`{name}`: a transform of kind {kind} cannot be written.", "unsupported")
     buffer = getattr(transform, _BUFFERS[kind])
-    return {"kind": kind, "shape": list(buffer.shape), "dtype": str(buffer.dtype).removeprefix("torch.")}
+    return {"kind": kind, "shape": list(buffer.shape), "dtype": _dtype_name(buffer)}
 
 
 def empty_layer(name: str, entry: object) -> QLinear:
@@ -99,23 +103,31 @@ def empty_layer(name: str, entry: object) -> QLinear:
     """
     if not isinstance(entry, dict) or not {"in", "out", "weight"} <= set(entry) <= _FIELDS:
         raise CheckpointError(f"quantization_config, `{name}`: the layer's description is damaged.", "unsupported")
-    rank, bias = entry.get("rank", 0), entry.get("bias", False)
-    if not (_count(entry["in"]) and _count(entry["out"]) and type(rank) is int and 0 <= rank < 1 << 31 and type(bias) is bool):
+    low_rank = entry.get("low_rank") or {"rank": 0, "dtype": "float32"}
+    if not (_count(entry["in"]) and _count(entry["out"]) and isinstance(low_rank, dict) and set(low_rank) == {"rank", "dtype"}):
         raise CheckpointError(f"quantization_config, `{name}`: sizes of the layer are damaged.", "unsupported")
+    rank, bias = low_rank["rank"], entry.get("bias")
+    named = [low_rank["dtype"], *([] if bias is None else [bias])]
+    if not all(isinstance(n, str) and n in SCALE_DTYPES for n in named) or type(rank) is not int or not 0 <= rank < 1 << 31:
+        raise CheckpointError(f"quantization_config, `{name}`: bias or low_rank is damaged.", "unsupported")
     weight = _format(name, entry["weight"])
     if not isinstance(weight, Affine):
         raise CheckpointError(f"quantization_config, `{name}`: a weight must be Affine; got {weight}.", "unsupported")
     act = _format(name, entry["act"]) if entry.get("act") is not None else None
     try:
-        layer = QLinear(entry["in"], entry["out"], weight, bias=bias, act=act, rank=rank, device="meta")
+        layer = QLinear(
+            entry["in"], entry["out"], weight, bias=False, act=act, rank=rank, dtype=SCALE_DTYPES[named[0]], device="meta"
+        )
     except (ValueError, RuntimeError) as error:  # channels that do not divide; sizes past what torch can count
         raise CheckpointError(f"quantization_config, `{name}`: {error}", "shape") from None
+    if bias is not None:
+        layer.bias = torch.zeros(entry["out"], dtype=SCALE_DTYPES[bias], device="meta")
     if entry.get("transform") is not None:
         layer.transform = _empty_transform(name, entry["transform"], entry["in"])
     return layer
 
 
-_FIELDS = {"in", "out", "weight", "bias", "act", "transform", "rank"}
+_FIELDS = {"in", "out", "weight", "bias", "act", "transform", "low_rank"}
 
 
 def _empty_transform(name: str, entry: object, channels: int, depth: int = 0) -> Transform:
@@ -171,8 +183,7 @@ def fill(name: str, layer: QLinear, tensors: dict[str, Tensor]) -> QLinear:
             raise CheckpointError(f"`{name}.{key}` is missing.", "missing")
         if found.shape != empty.shape:
             raise CheckpointError(f"`{name}.{key}` must have shape {list(empty.shape)}; got {list(found.shape)}.", "shape")
-        loose = key in ("bias", "down", "up")  # of the model's dtype, whichever that is
-        if found.dtype != empty.dtype and not (loose and found.is_floating_point() and found.dtype.itemsize > 1):
+        if found.dtype != empty.dtype:
             raise CheckpointError(f"`{name}.{key}` must be {empty.dtype}; got {found.dtype}.", "dtype")
         _check_values(f"{name}.{key}", found)
         owner, _, last = key.rpartition(".")
@@ -239,7 +250,9 @@ def _read_compressed(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict
             raise CheckpointError(f"`{name}`: no group of quantization_config describes its tensors.", "shape")
         affine = Affine(fits[0][0], size, symmetric=zero not in rest, scale_dtype=dtype)
         rest[f"{name}.weight_shape"] = shape.to(torch.int64)
-        entry = {"in": inp, "out": out, "weight": affine.to_dict(), "bias": f"{name}.bias" in rest}
+        entry = {"in": inp, "out": out, "weight": affine.to_dict()}
+        if f"{name}.bias" in rest:
+            entry["bias"] = _dtype_name(rest[f"{name}.bias"])
         layers[name] = fill(name, empty_layer(name, entry), rest)
     return layers
 
