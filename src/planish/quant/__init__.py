@@ -2,6 +2,7 @@
 
 from planish.quant.checkpoint import inspect, load, save
 from planish.quant.engine import Method, quantize
+from planish.quant.export import export
 from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
 from planish.quant.layers import QLinear
 from planish.quant.methods.rtn import rtn
@@ -16,6 +17,7 @@ __all__ = [
     "QLinear",
     "QTensor",
     "Report",
+    "export",
     "inspect",
     "load",
     "quantize",
