@@ -17,7 +17,17 @@ class PlanishWarning(UserWarning):
 
 
 Reason = Literal[
-    "missing", "unreadable", "name", "shape", "dtype", "range", "checksum", "unsupported", "lossy", "exists", "unwritable"
+    "missing",
+    "unreadable",
+    "name",
+    "shape",
+    "dtype",
+    "range",
+    "checksum",
+    "unsupported",
+    "lossy",
+    "exists",
+    "unwritable",
 ]
 """Why a checkpoint was refused: the closed list.
 

@@ -90,7 +90,9 @@ def test_mixed_widths_and_untouched_layers(tmp_path):
     model = small(symmetric=True)
     wide = model.model.layers[0].mlp.down_proj
     weight = wide.dequantize().weight
-    model.model.layers[0].mlp.down_proj = QLinear.of(Affine(8, 64, symmetric=True, scale_dtype="float32").encode(weight))
+    model.model.layers[0].mlp.down_proj = QLinear.of(
+        Affine(8, 64, symmetric=True, scale_dtype="float32").encode(weight)
+    )
     model.model.layers[1].mlp.down_proj = nn.Linear(128, 64, bias=False)
     save(model, tmp_path / "m", layout="compressed-tensors")
     config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]

@@ -60,7 +60,8 @@ class PlanishQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc, name-defi
         version = self.quantization_config.format_version
         if version != schemes.FORMAT_VERSION:
             raise CheckpointError(
-                f"quantization_config: format_version must be {schemes.FORMAT_VERSION}; got {version!r:.60}.", "unsupported"
+                f"quantization_config: format_version must be {schemes.FORMAT_VERSION}; got {version!r:.60}.",
+                "unsupported",
             )
         modules = dict(model.named_modules())
         for name, entry in self.quantization_config.layers.items():
@@ -82,7 +83,9 @@ class PlanishQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc, name-defi
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QLinear):
                 if layer.act is not None:
-                    raise ValueError(f"dequantize: `{name}` rounds its inputs to {layer.act}; no dense layer equals it.")
+                    raise ValueError(
+                        f"dequantize: `{name}` rounds its inputs to {layer.act}; no dense layer equals it."
+                    )
                 model.set_submodule(name, layer.dequantize().to(dtype))
         return model
 

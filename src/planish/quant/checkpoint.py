@@ -137,8 +137,8 @@ def _float_tensors(model: nn.Module, layers: dict[str, QLinear]) -> dict[str, Te
 
 def _layout(layout: str, model: nn.Module, layers: dict[str, QLinear], hub: bool) -> str:
     """Decide between the common layout and ours."""
-    if layout == "planish":
-        return layout
+    if layout == "planish" or (layout == "auto" and not hub):  # stock engines build only what transformers describes
+        return "planish"
     dense = _dense_names(model) if hub else set(layers)
     dtype = _dtype(model)
     for name, layer in layers.items():
@@ -151,7 +151,7 @@ def _layout(layout: str, model: nn.Module, layers: dict[str, QLinear], hub: bool
             raise layouts.lossy(name, layout, why)
         warn_once(f"saved in planish's own layout, which stock engines read only through its plugin: `{name}`: {why}.")
         return "planish"
-    return "compressed-tensors" if hub or layout == "compressed-tensors" else "planish"
+    return "compressed-tensors"
 
 
 def _dense_names(model: nn.Module) -> set[str]:
@@ -210,7 +210,9 @@ def _skeleton(checkpoint: Checkpoint) -> nn.Module:
     config = checkpoint.config
     kind, names = config.get("model_type"), config.get("architectures")
     if kind == "planish":
-        raise CheckpointError("`config.json` describes no transformers model: pass `into=`, a module to fill.", "unsupported")
+        raise CheckpointError(
+            "`config.json` describes no transformers model: pass `into=`, a module to fill.", "unsupported"
+        )
     if not isinstance(kind, str) or not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError("`config.json` must name `model_type` and `architectures`.", "unsupported")
     _check_counts(config, len(checkpoint.tensors) + len(checkpoint.layers))
@@ -220,7 +222,7 @@ def _skeleton(checkpoint: Checkpoint) -> nn.Module:
     with _foreign("config.json"):
         made = transformers.AutoConfig.for_model(**config)
         with accelerate.init_empty_weights(include_buffers=False):
-            model: nn.Module = builder._from_config(made)
+            model: nn.Module = builder._from_config(made)  # type: ignore[attr-defined]
     return model
 
 
@@ -286,7 +288,9 @@ def check_place(name: str, there: nn.Module | None, layer: QLinear) -> None:
     if found is None or not name:
         raise CheckpointError(f"`{name}`: the model has {type(there).__name__} there, not a dense layer.", "shape")
     if found != (layer.in_features, layer.out_features):
-        sizes = f"the model has {found[0]} -> {found[1]} there, the checkpoint {layer.in_features} -> {layer.out_features}"
+        sizes = (
+            f"the model has {found[0]} -> {found[1]} there, the checkpoint {layer.in_features} -> {layer.out_features}"
+        )
         raise CheckpointError(f"`{name}`: {sizes}.", "shape")
 
 
@@ -320,7 +324,7 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, (nn.Linear, QLinear)):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, stored transposed
-        rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+        rows, columns = module.weight.shape  # type: ignore[misc]
         return int(rows), int(columns)
     return None
 

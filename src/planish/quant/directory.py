@@ -1,4 +1,4 @@
-"""A checkpoint directory as a value: its config, quantized layers, other tensors and provenance; read and written whole.
+"""A checkpoint directory as a value: its config, quantized layers, other tensors and provenance; read, written.
 
 Beside the files that every reader knows lies `planish.json`, the manifest: a checksum of every tensor and JSON file
 and the method that made them. Where it is present it is checked; a stock checkpoint without one is read as well.
@@ -90,7 +90,9 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     if manifest.get("digest") != _own_digest(body):
         raise CheckpointError(f"`{files.MANIFEST}` is not what was written: its checksum differs.", "checksum")
     if body.get("format_version") != MANIFEST_VERSION:
-        raise CheckpointError(f"`{files.MANIFEST}`: version {body.get('format_version')!r:.20} is not read.", "unsupported")
+        raise CheckpointError(
+            f"`{files.MANIFEST}`: version {body.get('format_version')!r:.20} is not read.", "unsupported"
+        )
     sums = (body.get("tensors"), body.get("files"))
     sound = all(isinstance(d, dict) and all(isinstance(v, str) for v in d.values()) for d in sums)
     if not sound or not isinstance(body.get("method"), str):

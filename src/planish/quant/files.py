@@ -82,10 +82,12 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _plain_name(value: object) -> str:
-    sound = isinstance(value, str) and value.endswith(".safetensors") and value.isprintable() and len(value) < 200
-    if not sound or set(value) & set("/\\") or value[0] == ".":
-        raise CheckpointError(f"`{INDEX}` points to {_short(value)}, which is not the plain name of a safetensors file.", "name")
-    return value
+    text = value if isinstance(value, str) and value.isprintable() else ""
+    if not text.endswith(".safetensors") or set(text) & set("/\\") or text[0] == "." or len(text) > 200:
+        raise CheckpointError(
+            f"`{INDEX}` points to {_short(value)}, which is not the plain name of a safetensors file.", "name"
+        )
+    return text
 
 
 def _map_file(path: Path) -> dict[str, Tensor]:
@@ -152,7 +154,8 @@ def _header(raw: bytes, where: str) -> dict[str, dict[str, Any]]:
             raise CheckpointError(f"{where}, `{name}`: data_offsets {_short(offsets)} are not a span.")
         if math.prod(shape) * _DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
             raise CheckpointError(
-                f"{where}, `{name}`: {dtype} {_short(shape)} does not take {_short(offsets[1] - offsets[0])} bytes.", "shape"
+                f"{where}, `{name}`: {dtype} {_short(shape)} does not take {_short(offsets[1] - offsets[0])} bytes.",
+                "shape",
             )
     return header
 
@@ -180,7 +183,7 @@ def digest_file(path: Path) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -260,7 +263,7 @@ def writing(target: Path, *, directory: bool = True) -> Iterator[Path]:
     Raises:
         CheckpointError: The target exists, the place cannot be written, or the disk is full; nothing is left behind.
     """
-    if target.is_symlink() or target.exists() and not (directory and target.is_dir() and not any(target.iterdir())):
+    if target.is_symlink() or (target.exists() and not (directory and target.is_dir() and not any(target.iterdir()))):
         raise CheckpointError(f"`{target}` exists already; choose a new name or remove it first.", "exists")
     holder: Path | None = None
     try:
@@ -275,7 +278,9 @@ def writing(target: Path, *, directory: bool = True) -> Iterator[Path]:
         _sync(target.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise CheckpointError(f"`{target}` exists already; choose a new name or remove it first.", "exists") from None
+            raise CheckpointError(
+                f"`{target}` exists already; choose a new name or remove it first.", "exists"
+            ) from None
         raise CheckpointError(f"`{target}` cannot be written: {error.strerror or error}.", "unwritable") from None
     finally:
         if holder is not None:
@@ -293,7 +298,11 @@ def _sync(path: Path) -> None:
 def copy_side_files(source: Path, target: Path, leave: Iterable[str]) -> None:
     """Copy the files beside the tensors (tokenizer, templates, licence) that `leave` does not name."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja", ".md", ""} and path.name not in leave:
+        if (
+            path.is_file()
+            and path.suffix in {".json", ".txt", ".model", ".jinja", ".md", ""}
+            and path.name not in leave
+        ):
             shutil.copyfile(path, target / path.name)
 
 

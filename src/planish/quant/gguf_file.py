@@ -143,7 +143,8 @@ def _rename(names: Any, name: str) -> str:  # noqa: ANN401
 
 def _move_rows(rows: Tensor, heads: int) -> Tensor:
     """Bring rotary pairs from half a head apart to neighbours, within each head."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    paired: Tensor = rows.unflatten(0, (heads, 2, -1))
+    return paired.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _plain(name: str, tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -157,7 +158,9 @@ def _plain(name: str, tensor: Tensor) -> np.ndarray[Any, Any]:
     return single.numpy()
 
 
-def _blocks(name: str, layer: QLinear, heads: int, allow_rounding: bool) -> tuple[str, UInt8[Tensor, "out bytes"], float]:
+def _blocks(
+    name: str, layer: QLinear, heads: int, allow_rounding: bool
+) -> tuple[str, UInt8[Tensor, "out bytes"], float]:
     """Return a layer's GGUF type, its bytes, and the largest change relative to a weight's scale."""
     bits, inputs = layer.format.bits, layer.in_features
     zero, codes = layer.zeros(), layer.weight.codes
@@ -166,7 +169,7 @@ def _blocks(name: str, layer: QLinear, heads: int, allow_rounding: bool) -> tupl
     why = layouts.not_plain(layer)
     if why is None and (inputs % _BLOCK or size % _BLOCK):
         why = f"groups of {size} in {inputs} inputs do not fill blocks of {_BLOCK}"
-    if why is None and not (bits == 4 or bits == 8 and symmetric):
+    if why is None and not (bits == 4 or (bits == 8 and symmetric)):
         why = f"GGUF has 4 bits, or 8 symmetric ones; the layer is {layer.format}"
     if why is not None:
         raise layouts.lossy(name, "GGUF", why)
@@ -215,7 +218,9 @@ def _tokenizer(gguf: ModuleType, writer: Any, source: Path, vocabulary: int) -> 
     for added in made.get("added_tokens") or ():
         tokens[added["id"]] = (added["content"], kinds.CONTROL if added.get("special") else kinds.USER_DEFINED)
     if max(tokens) >= vocabulary:
-        raise CheckpointError(f"`tokenizer.json` has token {max(tokens)}, the model only {vocabulary} of them.", "shape")
+        raise CheckpointError(
+            f"`tokenizer.json` has token {max(tokens)}, the model only {vocabulary} of them.", "shape"
+        )
     rows = [tokens.get(number, (f"[PAD{number}]", kinds.UNUSED)) for number in range(vocabulary)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -244,8 +249,8 @@ def _pre_tokenizer(found: object) -> str | None:
     """Name the way in which a tokenizer cuts text before merging, in llama.cpp's words."""
     if not isinstance(found, dict):
         return None
-    parts = found.get("pretokenizers") if found.get("type") == "Sequence" else [found]
-    kinds = [part.get("type") for part in parts] if isinstance(parts, list) else []
+    parts: list[Any] = found["pretokenizers"] if found.get("type") == "Sequence" else [found]
+    kinds = [part.get("type") for part in parts]
     if not kinds or kinds[-1] != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
@@ -255,7 +260,9 @@ def _pre_tokenizer(found: object) -> str | None:
     if kinds == ["Split", "ByteLevel"] and isinstance(parts[0].get("pattern"), dict):
         rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        return {words + r"\p{N}{1,3}" + rest: "llama-bpe", words + r"\p{N}" + rest: "qwen2"}.get(parts[0]["pattern"].get("Regex"))
+        return {words + r"\p{N}{1,3}" + rest: "llama-bpe", words + r"\p{N}" + rest: "qwen2"}.get(
+            parts[0]["pattern"].get("Regex")
+        )
     return None
 
 

@@ -49,7 +49,9 @@ def not_compressed(layer: QLinear, dtype: torch.dtype) -> str | None:
     scale = layer.weight_scale
     if not torch.equal(scale.to(dtype).to(scale.dtype), scale):
         name = str(dtype).removeprefix("torch.")
-        return f"readers cast {layer.format.scale_dtype} scales to the model's {name}; quantize with scale_dtype={name!r}"
+        return (
+            f"readers cast {layer.format.scale_dtype} scales to the model's {name}; quantize with scale_dtype={name!r}"
+        )
     return None
 
 
@@ -58,16 +60,15 @@ def compressed_config(layers: Mapping[str, QLinear], ignore: Iterable[str]) -> d
     ignore = list(ignore)
     kinds: dict[tuple[int, int | None, bool], list[str]] = {}
     for name, layer in layers.items():
-        size = layer.format.group_size
-        size = None if layer.weight_scale.shape[1] == 1 else size  # one scale a row, however it was asked for
-        kinds.setdefault((layer.format.bits, size, layer.format.symmetric), []).append(name)
+        kind = (layer.format.bits, layer.format.group_size, layer.format.symmetric)
+        kinds.setdefault(kind, []).append(name)
     groups = {}
     for number, ((bits, size, symmetric), names) in enumerate(kinds.items()):
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(kinds) == 1 else names,
             "weights": {
-                "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if size is None else "group",
-                "group_size": size, "dynamic": False,
+                "num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": size, "dynamic": False,
+                "strategy": "channel" if size is None else "group",
             },
             "input_activations": None, "output_activations": None, "format": "pack-quantized",
         }  # fmt: skip
@@ -79,10 +80,15 @@ def compressed_config(layers: Mapping[str, QLinear], ignore: Iterable[str]) -> d
 
 
 def compressed_schemes(config: Mapping[str, Any]) -> list[tuple[int, int | None, bool]]:
-    """Read the (bits, group size, symmetric) that a compressed-tensors config speaks of, refusing what we do not run."""
+    """Read the (bits, group size, symmetric) of a compressed-tensors config, refusing what we do not run."""
     where = "quantization_config"
-    if config.get("format") not in ("pack-quantized", "mixed-precision") or config.get("quantization_status", "compressed") != "compressed":
-        raise CheckpointError(f"{where}: only compressed `pack-quantized` is read; got {config.get('format')!r:.60}.", "unsupported")
+    if (
+        config.get("format") not in ("pack-quantized", "mixed-precision")
+        or config.get("quantization_status", "compressed") != "compressed"
+    ):
+        raise CheckpointError(
+            f"{where}: only compressed `pack-quantized` is read; got {config.get('format')!r:.60}.", "unsupported"
+        )
     for option in ("kv_cache_scheme", "transform_config", "sparsity_config"):
         value = config.get(option)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
@@ -90,7 +96,7 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[tuple[int, int | None,
     groups = config.get("config_groups")
     if not isinstance(groups, dict):
         raise CheckpointError(f"{where}: `config_groups` must be an object.", "unsupported")
-    schemes: list[tuple[int, int | None, bool]] = []
+    schemes: list[tuple[Any, int | None, Any]] = []
     for label, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict) or group.get("input_activations") or group.get("output_activations"):
@@ -99,7 +105,7 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[tuple[int, int | None,
         strategy = weights.get("strategy") or ("group" if size else "channel")
         size = None if strategy == "channel" or size == -1 else size
         sound = type(bits) is int and 1 <= bits <= 8 and type(symmetric) is bool and weights.get("type", "int") == "int"
-        if not sound or strategy not in ("group", "channel") or not (size is None or type(size) is int and size > 0):
+        if not sound or strategy not in ("group", "channel") or not (size is None or (type(size) is int and size > 0)):
             raise CheckpointError(f"{where}, `{label}`: this kind of weights is not read.", "unsupported")
         if weights.get("actorder") not in (None, "weight", "static", False):
             raise CheckpointError(f"{where}, `{label}`: reordered groups (actorder) are not read.", "unsupported")
@@ -107,18 +113,24 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[tuple[int, int | None,
     return schemes
 
 
-def _stored_groups(name: str, layout: str, config: Mapping[str, Any], parts: Mapping[str, Tensor], inp: int, out: int, bits: int) -> int:
+def _stored_groups(
+    name: str, layout: str, config: Mapping[str, Any], parts: Mapping[str, Tensor], inp: int, out: int, bits: int
+) -> int:
     """Check shapes and dtypes of AWQ or GPTQ tensors and return the group size."""
     size = config.get("group_size", config.get("q_group_size", 128))
     if type(size) is not int or size == 0 or size < -1:
-        raise CheckpointError(f"quantization_config: `group_size` must be -1 or above 0; got {size!r:.60}.", "unsupported")
+        raise CheckpointError(
+            f"quantization_config: `group_size` must be -1 or above 0; got {size!r:.60}.", "unsupported"
+        )
     size = inp if size == -1 else size
     scales, zeros = parts["scales"], parts["qzeros"]
     groups = -(-inp // size) if size else 0
     if not inp or inp % size or scales.shape != (groups, out) or zeros.shape != (groups, out * bits // 32):
         raise CheckpointError(f"`{name}`: the shapes of its {layout} tensors do not agree.", "shape")
     if zeros.dtype != torch.int32 or scales.dtype not in SCALE_DTYPES.values():
-        raise CheckpointError(f"`{name}`: qzeros must be int32 and scales float; got {zeros.dtype}, {scales.dtype}.", "dtype")
+        raise CheckpointError(
+            f"`{name}`: qzeros must be int32 and scales float; got {zeros.dtype}, {scales.dtype}.", "dtype"
+        )
     return size
 
 
@@ -133,7 +145,10 @@ def awq_reader(config: Mapping[str, Any]) -> Callable[[str, Mapping[str, Tensor]
     """Return the function that reads one layer's AWQ tensors."""
     bits, version = config.get("bits", config.get("w_bit", 4)), config.get("version", "gemm")
     if bits != 4 or type(bits) is not int or not isinstance(version, str) or version.lower() != "gemm":
-        raise CheckpointError(f"quantization_config: AWQ is read at 4 bits, version gemm; got {bits!r:.20}, {version!r:.20}.", "unsupported")
+        raise CheckpointError(
+            f"quantization_config: AWQ is read at 4 bits, version gemm; got {bits!r:.20}, {version!r:.20}.",
+            "unsupported",
+        )
 
     def read(name: str, parts: Mapping[str, Tensor]) -> QTensor:
         q = _words(name, parts)
@@ -149,7 +164,9 @@ def gptq_reader(config: Mapping[str, Any]) -> Callable[[str, Mapping[str, Tensor
     """Return the function that reads one layer's GPTQ tensors."""
     bits, kind = config.get("bits"), config.get("checkpoint_format", "gptq")
     if type(bits) is not int or bits not in (2, 4, 8) or kind not in ("gptq", "gptq_v2"):
-        raise CheckpointError(f"quantization_config: GPTQ is read at 2, 4 or 8 bits; got {bits!r:.20}, {kind!r:.20}.", "unsupported")
+        raise CheckpointError(
+            f"quantization_config: GPTQ is read at 2, 4 or 8 bits; got {bits!r:.20}, {kind!r:.20}.", "unsupported"
+        )
 
     def read(name: str, parts: Mapping[str, Tensor]) -> QTensor:
         q = _words(name, parts)
@@ -163,7 +180,9 @@ def gptq_reader(config: Mapping[str, Any]) -> Callable[[str, Mapping[str, Tensor
         zero = unpack(parts["qzeros"], bits, out).T.contiguous()
         if kind == "gptq":  # stores z - 1
             if int(zero.max()) == (1 << bits) - 1:
-                raise CheckpointError(f"`{name}.qzeros`: readers disagree on a stored {(1 << bits) - 1} in GPTQ v1.", "range")
+                raise CheckpointError(
+                    f"`{name}.qzeros`: readers disagree on a stored {(1 << bits) - 1} in GPTQ v1.", "range"
+                )
             zero = zero + 1
         symmetric = config.get("sym") is True and bool((zero == 1 << (bits - 1)).all())
         return _as_qtensor(codes, zero, parts["scales"], bits, size, symmetric)
@@ -183,8 +202,8 @@ def _awq_pack(codes: UInt8[Tensor, "rows columns"]) -> Int32[Tensor, "rows words
 
 
 def _awq_unpack(words: Int32[Tensor, "rows words"]) -> UInt8[Tensor, "rows columns"]:
-    codes = unpack(words.contiguous(), 4, words.shape[1] * 8)
-    return codes.unflatten(1, (-1, 8))[..., _AWQ_INVERSE].flatten(1)
+    codes: Tensor = unpack(words.contiguous(), 4, words.shape[1] * 8).unflatten(1, (-1, 8))[..., _AWQ_INVERSE]
+    return codes.flatten(1)
 
 
 def half_scales(name: str, layout: str, layer: QLinear) -> Tensor:
@@ -245,13 +264,15 @@ def one_scheme(layers: Mapping[str, QLinear], layout: str) -> tuple[int, int, bo
     """Return the (bits, group size or -1, symmetric) that all layers share, or refuse: AWQ and GPTQ name only one."""
     if not layers:
         raise CheckpointError(f"there is no quantized layer to write as {layout}.", "missing")
-    sizes = {
-        (q.format.bits, -1 if q.weight_scale.shape[1] == 1 and q.format.group_size != q.in_features else q.format.group_size or -1)
-        for q in layers.values()
-    }
-    if len(sizes) > 1:
-        raise CheckpointError(f"{layout} has one width and group size for all layers; got {sorted(sizes)}.", "lossy")
-    bits, size = sizes.pop()
+    widths = {q.format.bits for q in layers.values()}
+    sizes: set[int] | None = None
+    for layer in layers.values():
+        groups = layer.weight_scale.shape[1]
+        fits = {layer.in_features // groups} | ({-1} if groups == 1 else set())  # one group a row goes by both names
+        sizes = fits if sizes is None else sizes & fits
+    if len(widths) > 1 or not sizes:
+        raise CheckpointError(f"{layout} has one width and one group size for all layers; these differ.", "lossy")
+    bits, size = widths.pop(), max(sizes)
     symmetric = all(bool((q.zeros() == q.format.middle).all()) for q in layers.values())
     return bits, size, symmetric
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from planish._support import CheckpointError
 from planish.quant import layouts
-from planish.quant.formats import SCALE_DTYPES, FP4, Affine, Dual, Format, format_from_dict
+from planish.quant.formats import FP4, SCALE_DTYPES, Affine, Dual, Format, format_from_dict
 from planish.quant.layers import QLinear
 from planish.quant.packing import n_words
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift, Transform
@@ -23,7 +23,9 @@ _BUFFERS = {"Scale": "scale", "Shift": "offset", "Permute": "index", "Rotate": "
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
-def read_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, QLinear], dict[str, Tensor]]:
+def read_layers(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, QLinear], dict[str, Tensor]]:
     """Build the quantized layers of a checkpoint, every value checked.
 
     Args:
@@ -49,7 +51,9 @@ def read_layers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
         layers = _read_transposed(str(method), config, rest)
     else:
         known = "compressed-tensors, planish, awq, gptq"
-        raise CheckpointError(f"quantization_config: `quant_method` must be one of {known}; got {method!r:.60}.", "unsupported")
+        raise CheckpointError(
+            f"quantization_config: `quant_method` must be one of {known}; got {method!r:.60}.", "unsupported"
+        )
     for name in layers:
         stray = [key for key in rest if key.startswith(name + ".")]
         if stray:
@@ -104,11 +108,20 @@ def empty_layer(name: str, entry: object) -> QLinear:
     if not isinstance(entry, dict) or not {"in", "out", "weight"} <= set(entry) <= _FIELDS:
         raise CheckpointError(f"quantization_config, `{name}`: the layer's description is damaged.", "unsupported")
     low_rank = entry.get("low_rank") or {"rank": 0, "dtype": "float32"}
-    if not (_count(entry["in"]) and _count(entry["out"]) and isinstance(low_rank, dict) and set(low_rank) == {"rank", "dtype"}):
+    if not (
+        _count(entry["in"])
+        and _count(entry["out"])
+        and isinstance(low_rank, dict)
+        and set(low_rank) == {"rank", "dtype"}
+    ):
         raise CheckpointError(f"quantization_config, `{name}`: sizes of the layer are damaged.", "unsupported")
     rank, bias = low_rank["rank"], entry.get("bias")
     named = [low_rank["dtype"], *([] if bias is None else [bias])]
-    if not all(isinstance(n, str) and n in SCALE_DTYPES for n in named) or type(rank) is not int or not 0 <= rank < 1 << 31:
+    if (
+        not all(isinstance(n, str) and n in SCALE_DTYPES for n in named)
+        or type(rank) is not int
+        or not 0 <= rank < 1 << 31
+    ):
         raise CheckpointError(f"quantization_config, `{name}`: bias or low_rank is damaged.", "unsupported")
     weight = _format(name, entry["weight"])
     if not isinstance(weight, Affine):
@@ -116,7 +129,14 @@ def empty_layer(name: str, entry: object) -> QLinear:
     act = _format(name, entry["act"]) if entry.get("act") is not None else None
     try:
         layer = QLinear(
-            entry["in"], entry["out"], weight, bias=False, act=act, rank=rank, dtype=SCALE_DTYPES[named[0]], device="meta"
+            entry["in"],
+            entry["out"],
+            weight,
+            bias=False,
+            act=act,
+            rank=rank,
+            dtype=SCALE_DTYPES[named[0]],
+            device="meta",
         )
     except (ValueError, RuntimeError) as error:  # channels that do not divide; sizes past what torch can count
         raise CheckpointError(f"quantization_config, `{name}`: {error}", "shape") from None
@@ -146,7 +166,12 @@ def _empty_transform(name: str, entry: object, channels: int, depth: int = 0) ->
     if not isinstance(shape, list) or not all(_count(n) for n in shape):
         raise fault
     if kind == "Rotate":
-        sound = len(shape) == 3 and shape[1] == shape[2] and channels % shape[1] == 0 and shape[0] in (1, channels // shape[1])
+        sound = (
+            len(shape) == 3
+            and shape[1] == shape[2]
+            and channels % shape[1] == 0
+            and shape[0] in (1, channels // shape[1])
+        )
     else:
         sound = shape == [channels]
     if not sound:
@@ -168,10 +193,12 @@ def _format(name: str, entry: object) -> Format:
         flags = (made.symmetric, made.ragged) if isinstance(made, Affine) else ()
         bits = made.bits if isinstance(made, (Affine, Dual)) else 4
         sound = all(type(flag) is bool for flag in flags) and type(bits) is int and (size is None or _count(size))
-        if not sound or isinstance(made, FP4) and size is None:
+        if not sound or (isinstance(made, FP4) and size is None):
             raise ValueError("a field has a wrong type")
     except (TypeError, ValueError):
-        raise CheckpointError(f"quantization_config, `{name}`: {entry!r:.100} is not a format.", "unsupported") from None
+        raise CheckpointError(
+            f"quantization_config, `{name}`: {entry!r:.100} is not a format.", "unsupported"
+        ) from None
     return made
 
 
@@ -182,21 +209,22 @@ def fill(name: str, layer: QLinear, tensors: dict[str, Tensor]) -> QLinear:
         if found is None:
             raise CheckpointError(f"`{name}.{key}` is missing.", "missing")
         if found.shape != empty.shape:
-            raise CheckpointError(f"`{name}.{key}` must have shape {list(empty.shape)}; got {list(found.shape)}.", "shape")
+            raise CheckpointError(
+                f"`{name}.{key}` must have shape {list(empty.shape)}; got {list(found.shape)}.", "shape"
+            )
         if found.dtype != empty.dtype:
             raise CheckpointError(f"`{name}.{key}` must be {empty.dtype}; got {found.dtype}.", "dtype")
         _check_values(f"{name}.{key}", found)
         owner, _, last = key.rpartition(".")
         setattr(layer.get_submodule(owner), last, found)
-    if layer.weight_shape.tolist() != [layer.out_features, layer.in_features]:
-        raise CheckpointError(
-            f"`{name}.weight_shape` must be {[layer.out_features, layer.in_features]}; got {layer.weight_shape.tolist()}.", "range"
-        )
+    shape = [layer.out_features, layer.in_features]
+    if layer.weight_shape.tolist() != shape:
+        raise CheckpointError(f"`{name}.weight_shape` must be {shape}; got {layer.weight_shape.tolist()}.", "range")
     for path, part in layer.named_modules():
         if type(part) in (Permute, Rotate):
             buffer = getattr(part, _BUFFERS[type(part).__name__])
             try:
-                type(part)(buffer)  # type: ignore[call-arg]
+                type(part)(buffer)
             except ValueError as error:
                 raise CheckpointError(f"`{name}.{path}`: {error}", "range") from None
     return layer
@@ -214,7 +242,9 @@ def _check_values(name: str, found: Tensor) -> None:
 def _read_own(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, QLinear]:
     version, entries = config.get("format_version"), config.get("layers")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(f"quantization_config: format_version must be {FORMAT_VERSION}; got {version!r:.60}.", "unsupported")
+        raise CheckpointError(
+            f"quantization_config: format_version must be {FORMAT_VERSION}; got {version!r:.60}.", "unsupported"
+        )
     if not isinstance(entries, dict):
         raise CheckpointError("quantization_config: `layers` must be an object.", "unsupported")
     return {name: fill(name, empty_layer(name, entry), rest) for name, entry in entries.items()}
@@ -225,9 +255,13 @@ def _read_compressed(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict
     layers = {}
     for key in [key for key in rest if key.endswith(".weight_packed")]:
         name = key.removesuffix(".weight_packed")
-        shape, packed, scale = (rest.get(f"{name}.{part}") for part in ("weight_shape", "weight_packed", "weight_scale"))
+        shape, packed, scale = (
+            rest.get(f"{name}.{part}") for part in ("weight_shape", "weight_packed", "weight_scale")
+        )
         if shape is None or scale is None or packed is None:
-            raise CheckpointError(f"`{name}.{'weight_shape' if shape is None else 'weight_scale'}` is missing.", "missing")
+            raise CheckpointError(
+                f"`{name}.{'weight_shape' if shape is None else 'weight_scale'}` is missing.", "missing"
+            )
         if shape.shape != (2,) or shape.is_floating_point() or packed.ndim != 2 or scale.ndim != 2:
             raise CheckpointError(f"`{name}`: weight_shape, weight_packed or weight_scale has the wrong rank.", "shape")
         out, inp = shape.tolist()
@@ -243,12 +277,12 @@ def _read_compressed(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict
             (bits, wanted)
             for bits, wanted, symmetric in schemes
             if n_words(inp, bits) == packed.shape[1]
-            and (wanted == size or groups == 1 and wanted == inp)
+            and (wanted == size or (groups == 1 and wanted == inp))
             and symmetric == (zero not in rest)
         ]
         if not fits:
             raise CheckpointError(f"`{name}`: no group of quantization_config describes its tensors.", "shape")
-        affine = Affine(fits[0][0], size, symmetric=zero not in rest, scale_dtype=dtype)
+        affine = Affine(fits[0][0], fits[0][1], symmetric=zero not in rest, scale_dtype=dtype)
         rest[f"{name}.weight_shape"] = shape.to(torch.int64)
         entry = {"in": inp, "out": out, "weight": affine.to_dict()}
         if f"{name}.bias" in rest:
@@ -263,7 +297,11 @@ def _read_transposed(method: str, config: Mapping[str, Any], rest: dict[str, Ten
     layers = {}
     for key in [key for key in rest if key.endswith(".qweight")]:
         name = key.removesuffix(".qweight")
-        parts = {part: rest.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx") if f"{name}.{part}" in rest}
+        parts = {
+            part: rest.pop(f"{name}.{part}")
+            for part in ("qweight", "qzeros", "scales", "g_idx")
+            if f"{name}.{part}" in rest
+        }
         for part in ("qzeros", "scales"):
             if part not in parts:
                 raise CheckpointError(f"`{name}.{part}` is missing.", "missing")
@@ -272,7 +310,9 @@ def _read_transposed(method: str, config: Mapping[str, Any], rest: dict[str, Ten
         _check_values(f"{name}.weight_scale", weight.scale)
         if bias is not None:
             if bias.shape != weight.shape[:1] or not bias.is_floating_point():
-                raise CheckpointError(f"`{name}.bias` must be {list(weight.shape[:1])} floats; got {list(bias.shape)}.", "shape")
+                raise CheckpointError(
+                    f"`{name}.bias` must be {list(weight.shape[:1])} floats; got {list(bias.shape)}.", "shape"
+                )
             _check_values(f"{name}.bias", bias)
         layers[name] = QLinear.of(weight, bias)
     return layers
