@@ -20,8 +20,8 @@ from planish._support import bad
 class Weights(Protocol):
     """Where the parameters of a model on the meta device come from: read when a block's turn comes, then let go."""
 
-    def load(self, module: nn.Module, name: str) -> None:
-        """Materialize the parameters and buffers of the submodule `name`."""
+    def load(self, module: nn.Module, name: str, *, recurse: bool = True) -> None:
+        """Materialize the parameters and buffers of the submodule `name`; its children's too unless told otherwise."""
 
     def release(self, module: nn.Module, name: str) -> None:
         """Send them back to the meta device."""
@@ -110,6 +110,7 @@ class Stream:
         self.contexts: list[list[dict[str, Any]]] = []
         self.first: str | None = None
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # of the batch being recorded: as given, as kept
 
     @torch.no_grad()
     def start(self) -> list[Any]:
@@ -119,20 +120,21 @@ class Stream:
                 self.weights.load(self.model, "")
             self.contexts = [[{} for _ in self.batches]]
             return list(self.batches)
-        self._load_rest()
+        self.load_rest()
         self.first = _first_parameter(self.modules[0])
         self.contexts = [[] for _ in self.modules]
         hidden: list[Any] = []
         for batch in self.batches:
             with self._replaced(lambda i, bound, h=hidden: self._record(i, bound, h)):
                 call_model(self.model, _to(batch, self.device))
+            self._moved.clear()
         if len(hidden) != len(self.batches):
             raise bad("quantize", "model", "one that runs its blocks once a batch", f"{len(hidden)} runs")
         return hidden
 
     def _record(self, index: int, bound: dict[str, Any], hidden: list[Any]) -> Any:  # noqa: ANN401
         state = bound.pop(self.first or "")
-        bound = _to(bound, self.device, torch.float32)
+        bound = _to(bound, self.device, torch.float32, self._moved)  # all blocks share one mask, kept once
         if index == 0:
             if not hidden:  # run one block for real, once, to learn how blocks wrap their hidden states
                 self._learn_wrapping(state, bound)
@@ -150,7 +152,7 @@ class Stream:
         elif not isinstance(output, Tensor):
             raise bad("quantize", "model", "one whose blocks return a tensor or a tuple", type(output).__name__)
 
-    def _load_rest(self) -> None:
+    def load_rest(self) -> None:
         """Materialize what is not in a block (embeddings, final norm, head): it stays for the whole walk."""
         if self.weights is None:
             return
@@ -159,7 +161,7 @@ class Stream:
             if name not in self.names and not (name + ".").startswith(inside):
                 for _, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                     if tensor.device.type == "meta":
-                        self.weights.load(module, name)
+                        self.weights.load(module, name, recurse=False)
                         break
 
     @contextmanager
@@ -224,6 +226,13 @@ def round_off(block: Block) -> None:
     for name, tensor in _tensors(block.module):
         if block.stored.get(name) in _HALF and name.rpartition(".")[0] not in block.finished:
             tensor.data = tensor.data.to(block.stored[name]).float()
+
+
+def round_off_layer(block: Block, name: str, layer: nn.Module) -> None:
+    """Do the same for what a quantized layer keeps beside its codes (its bias), before its stand-in is made."""
+    for part, tensor in _tensors(layer):
+        if block.stored.get(f"{name}.{part}") in _HALF:
+            tensor.data = tensor.data.to(block.stored[f"{name}.{part}"]).float()
 
 
 def restore_dtype(block: Block) -> None:
@@ -295,14 +304,27 @@ def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
             yield from tensors_in(part)
 
 
-def _to(value: Any, device: torch.device, half: torch.dtype | None = None) -> Any:  # noqa: ANN401
-    """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`."""
+def _to(
+    value: Any,  # noqa: ANN401
+    device: torch.device,
+    half: torch.dtype | None = None,
+    moved: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Any:  # noqa: ANN401
+    """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`.
+
+    One tensor that is met many times is copied once where `moved` remembers it.
+    """
     if isinstance(value, Tensor):
-        return value.to(device, half if half is not None and value.dtype in _HALF else value.dtype)
+        if moved is not None and id(value) in moved:
+            return moved[id(value)][1]
+        made = value.to(device, half if half is not None and value.dtype in _HALF else value.dtype)
+        if moved is not None:
+            moved[id(value)] = value, made  # the key stays taken while the tensor lives
+        return made
     if isinstance(value, dict):
-        return {k: _to(v, device, half) for k, v in value.items()}
+        return {k: _to(v, device, half, moved) for k, v in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_to(v, device, half) for v in value)
+        return type(value)(_to(v, device, half, moved) for v in value)
     return value
 
 
