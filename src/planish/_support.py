@@ -7,6 +7,7 @@ import importlib
 import logging
 import warnings
 from types import ModuleType
+from typing import Literal
 
 logger = logging.getLogger("planish")
 
@@ -15,8 +16,29 @@ class PlanishWarning(UserWarning):
     """A degraded path was taken: slower, larger or less accurate than asked, and why."""
 
 
+Reason = Literal[
+    "missing", "unreadable", "name", "shape", "dtype", "range", "checksum", "unsupported", "lossy", "exists", "unwritable"
+]
+"""Why a checkpoint was refused: the closed list.
+
+missing: a file or tensor is absent. unreadable: a file is truncated or not what its name says. name: a tensor or layer
+nobody asked for. shape, dtype: not what the description says. range: a value that cannot be (a scale of zero).
+checksum: the content is not what was written. unsupported: a layout or option planish does not read or write.
+lossy: it cannot be written without changing a weight. exists: the target is there already. unwritable: the disk is
+full or may not be written.
+"""
+
+
 class CheckpointError(ValueError):
-    """A checkpoint on disk cannot be read or written faithfully; the sentence names the tensor or file."""
+    """A checkpoint on disk cannot be read or written faithfully; the sentence names the tensor or file.
+
+    Attributes:
+        reason: Which of the closed list `Reason` it is.
+    """
+
+    def __init__(self, message: str, reason: Reason = "unreadable") -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
 
 
 class MissingExtra(ImportError):
