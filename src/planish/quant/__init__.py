@@ -1,8 +1,10 @@
 """Make a torch model 4-bit."""
 
 from planish.quant.checkpoint import inspect, load, save
+from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
+from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
 from planish.quant.methods.rtn import rtn
 from planish.quant.report import Report
@@ -12,12 +14,16 @@ __all__ = [
     "Affine",
     "Dual",
     "Format",
+    "Journal",
     "Method",
     "QLinear",
     "QTensor",
     "Report",
+    "SafetensorsWeights",
+    "assemble",
     "inspect",
     "load",
+    "open_model",
     "quantize",
     "rtn",
     "save",
