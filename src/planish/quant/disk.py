@@ -63,9 +63,8 @@ class SafetensorsWeights:
         self._spans = {name: spans[stored] for name, stored in names.items()}
         for name, span in self._spans.items():
             if span.shape != tuple(wanted[name].shape):
-                raise CheckpointError(
-                    f"`{span.path.name}`, `{names[name]}` must have shape {list(wanted[name].shape)}; got {list(span.shape)}.", "shape"
-                )
+                sizes = f"must have shape {list(wanted[name].shape)}; got {list(span.shape)}"
+                raise CheckpointError(f"`{span.path.name}`, `{names[name]}` {sizes}.", "shape")
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -126,7 +125,8 @@ def open_model(path: str | Path) -> tuple[nn.Module, SafetensorsWeights | None]:
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"`{path / 'config.json'}`: transformers cannot read it: {error!s:.160}", "unsupported") from None
+        sentence = f"`{path}`: transformers cannot read its config: {error!s:.160}"
+        raise CheckpointError(sentence, "unsupported") from None
     names = stored.get("architectures") or [""]
     builder = getattr(transformers, str(names[0]), transformers.AutoModelForCausalLM)
     if "quantization_config" in stored:
@@ -221,4 +221,3 @@ def _match(model: nn.Module, wanted: set[str], stored: set[str]) -> dict[str, st
         if not unused and names.keys() == wanted and len(found) == len(stored):
             return names
     return None
-

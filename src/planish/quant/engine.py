@@ -111,6 +111,15 @@ class Record(Protocol):
     def remember(self, key: str, value: Any) -> None:  # noqa: ANN401
         """Keep a decision (JSON-able) under a key."""
 
+    def pause(self, key: str, index: int, states: Mapping[int, list[Tensor]]) -> None:
+        """Keep where a search stands: the hidden states of its candidates after block `index`."""
+
+    def resume(self, key: str) -> tuple[int, dict[int, list[Tensor]]] | None:
+        """Return what was last paused under a key, or None."""
+
+    def drop(self, key: str) -> None:
+        """Forget what was paused under a key: it is decided."""
+
 
 class Walk:
     """A model, its batches and what is known of its blocks: what `quantize` and the searches walk over.

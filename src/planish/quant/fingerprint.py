@@ -100,7 +100,7 @@ def _add(made: "hashlib.blake2b", name: str, tensor: Tensor) -> None:
     """Take in a tensor: its name, dtype, shape and bytes."""
     made.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    made.update(memoryview(flat.numpy()))
+    made.update(flat.numpy().data)
 
 
 def _batches(batches: list[Any]) -> str:

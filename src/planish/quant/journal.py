@@ -2,14 +2,15 @@
 
 A journal is a directory. `journal.json` says which run it belongs to; `block-00007.safetensors` holds what block 7
 became and `block-00007.json`, written after it, its checksums: a block without a sound pair was never finished.
-`decision-*.json` hold what searches found. Every file appears under its name whole, and is on the disk by then.
+`search-*` hold where a search stands (the hidden states of all its candidates, which may take more room than the
+model), `decision-*.json` what it found. Every file appears under its name whole, and is on the disk by then.
 """
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ logger = logging.getLogger("planish")
 
 FORMAT_VERSION = 1
 _HEADER, _LOCK = "journal.json", "lock"
-_OURS = (_HEADER, _LOCK, "block-*.json", "block-*.safetensors", "decision-*.json", ".*.partial-*")
+_OURS = (_HEADER, _LOCK, "block-*.json", "block-*.safetensors", "search-*", "decision-*.json", ".*.partial-*")
 
 
 class Journal:
@@ -139,17 +140,18 @@ class Journal:
         Returns:
             The report, its `clean` filled in.
         """
-        if not self._path(index, "json").exists():
+        pair = _block(index)
+        if not (self.path / f"{pair}.json").exists():
             return None
         try:
-            body, tensors = self._read_block(index)
+            body, tensors = self._read(pair)
             layers, rest = _layers(body, {n: t.to(block.device, copy=True) for n, t in tensors.items()}, block.name)
             there = _state(block, layers)
             if {n: t.shape for n, t in there.items()} != {n: t.shape for n, t in rest.items()}:
-                raise CheckpointError(f"`{self._path(index, 'safetensors').name}` does not fit block {block.name}.", "name")
+                raise CheckpointError(f"`{pair}.safetensors` does not fit {block.name}.", "name")
         except CheckpointError as error:
             warn_once(f"Journal: block {block.name or 'model'} is done again: {error}")
-            self._forget(index)
+            self._forget(pair)
             return None
         clean = list(block.run())
         place(block, layers)
@@ -169,21 +171,16 @@ class Journal:
         layers = {name: m for name, m in block.module.named_modules() if isinstance(m, QLinear)}
         for name, module in block.module.named_modules():
             if module._forward_pre_hooks:
-                raise TypeError(f"Journal: `{block.name}.{name}` applies a transform that is not part of a quantized layer.")
+                raise TypeError(f"Journal: `{block.name}.{name}` applies a transform outside a quantized layer.")
         for name in _state(block, layers):
             if name not in block.stored:
                 raise TypeError(f"Journal: `{block.name}.{name}` was not in the float block and cannot be kept.")
         prefix = f"{block.name}." if block.name else ""
         tensors = {prefix + name: tensor for name, tensor in block.module.state_dict().items()}
-        self._forget(index)
-        with files.writing(self._path(index, "safetensors"), directory=False) as place_:
-            sums = files.write_shard(place_, tensors)
         report = asdict(entry)
         report.pop("clean")
-        self._write_json(self._path(index, "json").name, {
-            "block": block.name, "tensors": sums, "report": report,
-            "layers": {name: schemes.describe(name, layer) for name, layer in layers.items()},
-        })  # fmt: skip
+        described = {name: schemes.describe(name, layer) for name, layer in layers.items()}
+        self._write(_block(index), tensors, {"block": block.name, "report": report, "layers": described})
 
     def recall(self, key: str) -> Any | None:  # noqa: ANN401  (JSON)
         """Return what was remembered under a key, or None; a damaged file is forgotten, and a warning says so."""
@@ -220,7 +217,7 @@ class Journal:
         """
         header = self._read_json(_HEADER)
         for index in range(header["blocks"]):
-            body, tensors = self._read_block(index)
+            body, tensors = self._read(_block(index))
             module = model.get_submodule(body["block"])
             layers, rest = _layers(body, tensors, body["block"])
             for name, layer in layers.items():
@@ -232,22 +229,61 @@ class Journal:
                 made = nn.Parameter(tensor, requires_grad=False) if last in holder._parameters else tensor
                 setattr(holder, last, made)
 
-    def _path(self, index: int, suffix: str) -> Path:
-        return self.path / f"block-{index:05d}.{suffix}"
+    def pause(self, key: str, index: int, states: Mapping[int, list[Tensor]]) -> None:
+        """Keep where a search stands: the hidden states of its candidates after block `index`.
 
-    def _forget(self, index: int) -> None:
-        """Remove a block, its commit first."""
-        for suffix in ("json", "safetensors"):
-            self._path(index, suffix).unlink(missing_ok=True)
+        Raises:
+            CheckpointError: The disk is full or read-only.
+        """
+        tensors = {f"{c}.{n}": state for c, hidden in states.items() for n, state in enumerate(hidden)}
+        before = self._paused(key)
+        self._write(f"{_search(key)}-{index:05d}", tensors, {"key": key, "index": index})
+        for pair in before:
+            self._forget(pair)
 
-    def _read_block(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return a block's description and its tensors, mapped, every byte checked."""
-        body = self._read_json(self._path(index, "json").name)
-        file = self._path(index, "safetensors")
-        tensors = files.map_file(file)
+    def resume(self, key: str) -> tuple[int, dict[int, list[Tensor]]] | None:
+        """Return what was last paused under a key, or None; damaged files are forgotten, and a warning says so."""
+        for pair in self._paused(key):
+            try:
+                body, tensors = self._read(pair)
+            except CheckpointError as error:
+                warn_once(f"Journal: a search is done again from its start: {error}")
+                self._forget(pair)
+                continue
+            states: dict[int, list[Tensor]] = {}
+            for name in sorted(tensors, key=lambda name: [int(n) for n in name.split(".")]):
+                states.setdefault(int(name.partition(".")[0]), []).append(tensors[name].clone())
+            return body["index"], states
+        return None
+
+    def drop(self, key: str) -> None:
+        """Forget what was paused under a key: it is decided."""
+        for pair in self._paused(key):
+            self._forget(pair)
+
+    def _paused(self, key: str) -> list[str]:
+        """Return the files of a search, latest first; after a kill there may be two."""
+        return sorted((path.stem for path in self.path.glob(f"{_search(key)}-*.json")), reverse=True)
+
+    def _write(self, pair: str, tensors: dict[str, Tensor], body: dict[str, Any]) -> None:
+        """Write tensors, then the description that makes them count."""
+        self._forget(pair)
+        with files.writing(self.path / f"{pair}.safetensors", directory=False) as place_:
+            sums = files.write_shard(place_, tensors)
+        self._write_json(f"{pair}.json", {**body, "tensors": sums})
+
+    def _read(self, pair: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return a description and its tensors, mapped, every byte checked."""
+        body = self._read_json(f"{pair}.json")
+        tensors = files.map_file(self.path / f"{pair}.safetensors")
         if {name: files.digest(name, tensor) for name, tensor in tensors.items()} != body["tensors"]:
-            raise CheckpointError(f"`{file.name}` is not what was written: its checksum differs.", "checksum")
+            raise CheckpointError(f"`{pair}.safetensors` is not what was written: its checksum differs.", "checksum")
         return body, tensors
+
+    def _forget(self, pair: str) -> None:
+        """Remove tensors and their description, that one first."""
+        for suffix in ("json", "safetensors"):
+            (self.path / f"{pair}.{suffix}").unlink(missing_ok=True)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         body = files.read_json(self.path / name)
@@ -263,6 +299,14 @@ class Journal:
 
 def _digest(body: dict[str, Any]) -> str:
     return files.digest_bytes(repr(sorted(body.items())).encode("utf-8", "backslashreplace"))
+
+
+def _block(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _search(key: str) -> str:
+    return f"search-{files.digest_bytes(key.encode())}"
 
 
 def _decision(key: str) -> str:
