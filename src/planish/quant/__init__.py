@@ -1,9 +1,11 @@
 """Make a torch model 4-bit."""
 
 from planish.quant.checkpoint import inspect, load, save
+from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.export import export
 from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
+from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
 from planish.quant.methods.rtn import rtn
 from planish.quant.report import Report
@@ -13,13 +15,17 @@ __all__ = [
     "Affine",
     "Dual",
     "Format",
+    "Journal",
     "Method",
     "QLinear",
     "QTensor",
     "Report",
+    "SafetensorsWeights",
+    "assemble",
     "export",
     "inspect",
     "load",
+    "open_model",
     "quantize",
     "rtn",
     "save",

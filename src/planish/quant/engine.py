@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from planish.quant.moments import measure
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
 from planish.quant.sites import Site, find_sites, is_linear, rebind, stays_float, weight_of
-from planish.quant.stream import Block, Stream, Weights, restore_dtype, round_off
+from planish.quant.stream import Block, Stream, Weights, restore_dtype, round_off, round_off_layer
 from planish.quant.transforms import Transform
 
 logger = logging.getLogger("planish")
@@ -87,8 +88,14 @@ class Method:
         return f"{self.name}({', '.join(parts)})"
 
 
-class Journal(Protocol):
-    """Where finished blocks and decisions are kept, so that an interrupted run goes on and ends with the same bytes."""
+class Record(Protocol):
+    """Where finished blocks and decisions are kept, so that an interrupted run goes on and ends with the same bytes.
+
+    `planish.quant.Journal` is one: a directory.
+    """
+
+    def opened(self, walk: "Walk", method: Method) -> AbstractContextManager[None]:
+        """Hold the record for one run, and refuse what an earlier run of something else left in it."""
 
     def restore(self, index: int, block: Block) -> BlockReport | None:
         """Put a finished block's layers in place (see `place`) and return its report; None if it is not finished.
@@ -104,6 +111,15 @@ class Journal(Protocol):
 
     def remember(self, key: str, value: Any) -> None:  # noqa: ANN401
         """Keep a decision (JSON-able) under a key."""
+
+    def pause(self, key: str, index: int, states: Mapping[int, list[Tensor]]) -> None:
+        """Keep where a search stands: the hidden states of its candidates after block `index`."""
+
+    def resume(self, key: str) -> tuple[int, dict[int, list[Tensor]]] | None:
+        """Return what was last paused under a key, or None."""
+
+    def drop(self, key: str) -> None:
+        """Forget what was paused under a key: it is decided."""
 
 
 class Walk:
@@ -131,7 +147,7 @@ class Walk:
         device: torch.device | str | None = None,
         weights: Weights | None = None,
         progress: Callable[[str, int, int], None] | None = None,
-        journal: "Journal | None" = None,
+        journal: "Record | None" = None,
     ) -> None:
         if any(isinstance(m, QLinear) for m in model.modules()):
             raise bad("quantize", "model", "a float model", "one that holds QLinear layers already")
@@ -186,6 +202,7 @@ def process(block: Block, sites: list[Site], method: Method, *, check: bool = Tr
 def place(block: Block, layers: dict[str, nn.Module]) -> None:
     """Put rounded layers into a block, as dense stand-ins where that computes the same."""
     for name, layer in layers.items():
+        round_off_layer(block, name, layer)
         block.finished[name] = layer
         stand_in = layer.dequantize() if isinstance(layer, QLinear) and layer.act is None else layer
         block.module.set_submodule(name, stand_in)
@@ -215,7 +232,7 @@ def quantize(
     device: torch.device | str | None = None,
     weights: Weights | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    journal: Journal | None = None,
+    journal: Record | None = None,
 ) -> Report:
     """Quantize a model's linear layers in place, block by block, and say what was done.
 
@@ -226,7 +243,8 @@ def quantize(
         method: What to do; default `planish.quant.best()`.
         skip: Layers to leave in float: full names, last parts of names, or shell patterns. Default the output head.
         device: Where blocks are processed, one at a time; default where the model is.
-        weights: Source of parameters for a model on the meta device, read block by block.
+        weights: Source of parameters for a model on the meta device, read block by block. With a journal, finished
+            blocks go back to meta and lie in the journal only; without one the quantized model stays in memory.
         progress: Called as progress(stage, done, total) after every block.
         journal: Where finished blocks and decisions are kept, so that an interrupted run goes on; see
             `planish.quant.journal`.
@@ -252,16 +270,22 @@ def quantize(
         method = best()
     began = time.perf_counter()
     walk = Walk(model, batches, skip=skip, device=device, weights=weights, progress=progress, journal=journal)
-    stream = walk.stream
+    with journal.opened(walk, method) if journal else nullcontext():
+        return _walk_blocks(walk, method, began)
+
+
+def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
+    """Plan, then process block after block; those that the journal holds are put in place instead."""
+    model, stream, journal = walk.model, walk.stream, walk.journal
     method = method.plan(walk, method)
     report = Report.start(model, method)
     clean = hidden = stream.start()  # what enters a block in the float model, and in the quantized one
     for index in range(len(stream.modules)):
         block = stream.block(index, clean)
-        entry = journal.restore(index, block) if journal else None
+        check_layers(block, walk.skipped(block.name), method)
+        sites = walk.sites(block)  # of a restored block too: later ones reuse what the first of a shape showed
+        entry = kept = journal.restore(index, block) if journal else None
         if entry is None:
-            check_layers(block, walk.skipped(block.name), method)
-            sites = walk.sites(block)
             clean = measure(block, sites)
             entry = BlockReport.of(block, sites)
             if entry.unseen:
@@ -279,9 +303,10 @@ def quantize(
         settle(block)
         restore_dtype(block)
         if journal:
-            journal.store(index, block, entry)
+            if kept is None:
+                journal.store(index, block, entry)
+            stream.release(index)  # without a journal the quantized layers are nowhere else
         report.add(entry)
-        stream.release(index)
         walk.progress("quantize", index + 1, len(stream.modules))
     report.finish(model, seconds=time.perf_counter() - began)
     return report

@@ -11,14 +11,17 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from planish._support import CheckpointError
+
+_T = TypeVar("_T")
 
 SHARD_BYTES = 2_000_000_000
 SINGLE, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "planish.json"
@@ -63,16 +66,30 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: A file is absent, damaged or hostile, or index and shards disagree.
     """
+    return _gather(directory, map_file)
+
+
+def find_tensors(directory: Path) -> dict[str, "Span"]:
+    """Find where all tensors of a directory lie, without mapping or reading them.
+
+    Raises:
+        CheckpointError: See `read_tensors`.
+    """
+    return _gather(directory, lambda path: _spans(path)[1])
+
+
+def _gather(directory: Path, read: Callable[[Path], dict[str, _T]]) -> dict[str, _T]:
+    """Apply a reader of one file to all shards of a directory."""
     if (directory / SINGLE).is_file():
-        return _map_file(directory / SINGLE)
+        return read(directory / SINGLE)
     if not (directory / INDEX).is_file():
         raise CheckpointError(f"`{directory}` holds neither `{SINGLE}` nor `{INDEX}`.", "missing")
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"`{INDEX}`: `weight_map` must be an object; got {type(weight_map).__name__}.")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, _T] = {}
     for file in sorted({_plain_name(value) for value in weight_map.values()}):
-        found = _map_file(directory / file)
+        found = read(directory / file)
         said = {name for name, value in weight_map.items() if value == file}
         for name in sorted(said ^ found.keys()):
             which = "names" if name in said else "does not name"
@@ -90,8 +107,30 @@ def _plain_name(value: object) -> str:
     return text
 
 
-def _map_file(path: Path) -> dict[str, Tensor]:
-    """Map one safetensors file, checking every claim of its header against the file."""
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor lies: its file, the bytes in it, and what they are."""
+
+    path: Path
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, name: str) -> Tensor:
+        """Read the tensor into fresh memory, aligned as torch aligns."""
+        made = torch.empty(self.shape, dtype=self.dtype)
+        room = memoryview(made.reshape(-1).view(torch.uint8).numpy())
+        with _reading(self.path), self.path.open("rb") as stream:
+            stream.seek(self.start)
+            got = stream.readinto(room) if room.nbytes else 0
+        if got != room.nbytes:
+            raise CheckpointError(f"`{self.path.name}`, `{name}`: only {got} of its {room.nbytes} bytes are there.")
+        return made
+
+
+def _spans(path: Path) -> tuple[int, dict[str, Span]]:
+    """Read the header of a safetensors file, checking its every claim; return the file's size and its tensors."""
     size = _size(path)
     where = f"`{path.name}`"
     with _reading(path), path.open("rb") as stream:
@@ -109,18 +148,30 @@ def _map_file(path: Path) -> dict[str, Tensor]:
         at = high
     if start + at != size:
         raise CheckpointError(f"{where}: its tensors end at byte {start + at}, the file at {size}.")
+    return size, {
+        name: Span(path, start + low, start + high, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for name, entry in header.items()
+        for low, high in [entry["data_offsets"]]
+    }
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of one safetensors file into memory; nothing is copied until it is used.
+
+    Raises:
+        CheckpointError: The file is absent, damaged or hostile.
+    """
+    size, spans = _spans(path)
     with _reading(path):
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
-    for name, entry in header.items():
-        low, high = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
-        part = mapped[start + low : start + high]
-        if (start + low) % dtype.itemsize:  # a legal file need not be aligned, a tensor must
+    for name, span in spans.items():
+        part = mapped[span.start : span.stop]
+        if span.start % span.dtype.itemsize:  # a legal file need not be aligned, a tensor must
             part = part.clone()
-        if dtype == torch.bool and part.numel() and int(part.max()) > 1:
-            raise CheckpointError(f"{where}, `{name}`: a boolean is neither 0 nor 1.", "range")
-        tensors[name] = part.view(dtype).reshape(entry["shape"])
+        if span.dtype == torch.bool and part.numel() and int(part.max()) > 1:
+            raise CheckpointError(f"`{path.name}`, `{name}`: a boolean is neither 0 nor 1.", "range")
+        tensors[name] = part.view(span.dtype).reshape(span.shape)
     return tensors
 
 
@@ -207,8 +258,6 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, s
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"`{name}`: dtype {tensor.dtype} cannot be written.", "dtype")
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES
@@ -216,24 +265,33 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, s
         room -= tensor.nbytes
     sums: dict[str, str] = {}
     if len(shards) == 1:
-        return _write_shard(directory / SINGLE, shards[0])
+        return write_shard(directory / SINGLE, shards[0])
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        sums |= _write_shard(directory / file, shard)
+        sums |= write_shard(directory / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for t in tensors.values())
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return sums
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one file, a tensor at a time: no second copy of the model in memory."""
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write one safetensors file, a tensor at a time: no second copy of the model in memory.
+
+    Returns:
+        The checksum of each tensor.
+
+    Raises:
+        CheckpointError: A tensor's dtype is not one that safetensors knows.
+    """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first: all stay aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:
         tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"`{name}`: dtype {tensor.dtype} cannot be written.", "dtype")
         header[name] = {
             "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]
         }  # fmt: skip

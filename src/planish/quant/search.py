@@ -6,6 +6,7 @@ go. The result is the same as quantizing and running the whole model once a cand
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,24 +90,36 @@ def compare(
         raise bad("search", "objective", f"one of {', '.join(OBJECTIVES)}", objective)
     if drop is not None and not drop > 1:
         raise bad("search", "drop", "above 1 or None", drop)
-    stream = walk.stream
+    stream, journal = walk.stream, walk.journal
+    key = f"{stage}, {objective}, drop={drop}: {list(methods)!r}"
+    if journal and (found := journal.recall(key)) is not None:
+        return Choice(tuple(found), min(range(len(found)), key=found.__getitem__), objective)
     clean = stream.start()
     states: dict[int, list[Any]] = dict.fromkeys(range(len(methods)), clean)
+    before = journal.resume(key) if journal and not stream.whole else None
+    done, states = before or (-1, states)  # a search that was interrupted goes on after its last block
     for index in range(len(stream.modules)):
         block = stream.block(index, clean)
         sites = walk.sites(block)
         clean = measure(block, sites)
-        for number, (candidate, hidden) in enumerate(list(states.items())):
+        for number, (candidate, hidden) in enumerate(list(states.items()) if index > done else []):
             states[candidate] = trial(block, sites, hidden, methods[candidate], check=number == 0)
         stream.put_back(block, index)
+        if index <= done:
+            continue
         if drop is not None and index < len(stream.modules) - 1:
             errors = {c: _squared(hidden, clean) for c, hidden in states.items()}
             least = min(errors.values())
             states = {c: h for c, h in states.items() if errors[c] <= drop * least}
+        if journal and not stream.whole:
+            journal.pause(key, index, states)
         walk.progress(stage, index + 1, len(stream.modules))
     losses = [math.inf] * len(methods)
     for candidate, hidden in states.items():
         losses[candidate] = loss(stream, clean, hidden, objective)
+    if journal:
+        journal.remember(key, losses)
+        journal.drop(key)
     return Choice(tuple(losses), min(range(len(losses)), key=losses.__getitem__), objective)
 
 
@@ -170,15 +183,14 @@ def _features(stream: Stream, hidden: list[Any]) -> Iterator[Tensor]:
         seen.append(args[0])
         raise _HeadReachedError
 
-    handle = head.register_forward_pre_hook(catch)
-    try:
-        for number in range(len(hidden)):
-            try:
+    for number in range(len(hidden)):
+        handle = head.register_forward_pre_hook(catch)  # for this call only: two of these generators run side by side
+        try:
+            with suppress(_HeadReachedError):
                 next(stream.outputs(hidden, only=number))
-            except _HeadReachedError:
-                yield seen.pop()
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
+        yield seen.pop()
 
 
 def _squared(hidden: list[Any], clean: list[Any]) -> float:

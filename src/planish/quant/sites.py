@@ -127,8 +127,17 @@ def find_sites(block: Block, skip: Callable[[str], bool], known: dict[Any, list[
     trace = _Trace(block)
     sites = trace.sites(skip)
     if known is not None:
-        known[signature] = [replace(site, measured=None, tokens={}) for site in sites]
+        known[signature] = [_outline(site) for site in sites]
     return sites
+
+
+def _outline(site: Site) -> Site:
+    """Return a site's names and maps without its layers, which would keep a whole block in memory."""
+    blank = nn.Module()
+    return replace(
+        site, measured=None, tokens={}, producer=None, block=Block("", blank, [], [], []),
+        consumers=dict.fromkeys(site.consumers, blank), readers=dict.fromkeys(site.readers, blank),
+    )  # fmt: skip
 
 
 def rebind(site: Site, block: Block) -> Site:

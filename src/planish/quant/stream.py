@@ -20,8 +20,8 @@ from planish._support import bad, logger
 class Weights(Protocol):
     """Where the parameters of a model on the meta device come from: read when a block's turn comes, then let go."""
 
-    def load(self, module: nn.Module, name: str) -> None:
-        """Materialize the parameters and buffers of the submodule `name`."""
+    def load(self, module: nn.Module, name: str, *, recurse: bool = True) -> None:
+        """Materialize the parameters and buffers of the submodule `name`; its children's too unless told otherwise."""
 
     def release(self, module: nn.Module, name: str) -> None:
         """Send them back to the meta device."""
@@ -115,12 +115,13 @@ class Stream:
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
         self._returns_more = False
         self._passed: Any = None  # what the recorder before returned
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # of the batch being recorded: as given, as kept
 
     @torch.no_grad()
     def start(self) -> list[Any]:
         """Record what every block is called with and return the hidden states that enter the first."""
         if not self.whole:
-            self._load_rest()
+            self.load_rest()
             self.first = _first_parameter(self.modules[0])
             self.contexts = [[] for _ in self.modules]
             try:
@@ -145,6 +146,7 @@ class Stream:
                 call_model(self.model, _to(batch, self.device))
             if any(len(calls) != count for calls in self.contexts):
                 raise _NotAChainError(f"not every one of the blocks {self.names[0]} ... runs")
+            self._moved.clear()
         return hidden
 
     def _record(self, index: int, bound: dict[str, Any], hidden: list[Any]) -> Any:  # noqa: ANN401
@@ -154,7 +156,7 @@ class Stream:
         if not index and len(hidden) > len(self.contexts[-1]):
             raise _NotAChainError(f"{self.names[index]} runs twice")
         self._passed = state
-        bound = _to(bound, self.device, torch.float32)
+        bound = _to(bound, self.device, torch.float32, self._moved)  # all blocks share one mask, kept once
         if index == 0:
             if not hidden or self._returns_more:  # run a block for real, to learn how blocks wrap their hidden states
                 self._learn_wrapping(state, bound)
@@ -174,7 +176,7 @@ class Stream:
         elif not isinstance(output, Tensor):
             raise bad("quantize", "model", "one whose blocks return a tensor or a tuple", type(output).__name__)
 
-    def _load_rest(self) -> None:
+    def load_rest(self) -> None:
         """Materialize what is not in a block (embeddings, final norm, head): it stays for the whole walk."""
         if self.weights is None:
             return
@@ -183,7 +185,7 @@ class Stream:
             if name not in self.names and not (name + ".").startswith(inside):
                 for _, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                     if tensor.device.type == "meta":
-                        self.weights.load(module, name)
+                        self.weights.load(module, name, recurse=False)
                         break
 
     @contextmanager
@@ -260,6 +262,13 @@ def round_off(block: Block) -> None:
             tensor.data = tensor.data.to(block.stored[name]).float()
 
 
+def round_off_layer(block: Block, name: str, layer: nn.Module) -> None:
+    """Do the same for what a quantized layer keeps beside its codes (its bias), before its stand-in is made."""
+    for part, tensor in _tensors(layer):
+        if block.stored.get(f"{name}.{part}") in _HALF:
+            tensor.data = tensor.data.to(block.stored[f"{name}.{part}"]).float()
+
+
 def restore_dtype(block: Block) -> None:
     """Bring what stays in float back to its stored precision."""
     for name, tensor in _tensors(block.module):
@@ -329,14 +338,27 @@ def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
             yield from tensors_in(part)
 
 
-def _to(value: Any, device: torch.device, half: torch.dtype | None = None) -> Any:  # noqa: ANN401
-    """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`."""
+def _to(
+    value: Any,  # noqa: ANN401
+    device: torch.device,
+    half: torch.dtype | None = None,
+    moved: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Any:  # noqa: ANN401
+    """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`.
+
+    One tensor that is met many times is copied once where `moved` remembers it.
+    """
     if isinstance(value, Tensor):
-        return value.to(device, half if half is not None and value.dtype in _HALF else value.dtype)
+        if moved is not None and id(value) in moved:
+            return moved[id(value)][1]
+        made = value.to(device, half if half is not None and value.dtype in _HALF else value.dtype)
+        if moved is not None:
+            moved[id(value)] = value, made  # the key stays taken while the tensor lives
+        return made
     if isinstance(value, dict):
-        return {k: _to(v, device, half) for k, v in value.items()}
+        return {k: _to(v, device, half, moved) for k, v in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_to(v, device, half) for v in value)
+        return type(value)(_to(v, device, half, moved) for v in value)
     return value
 
 
