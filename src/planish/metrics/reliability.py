@@ -22,6 +22,11 @@ class ReliabilityCurve(NamedTuple):
         prob_pred: Predicted probability.
         density: Density of the predictions; its mean over the curve's points is 1.
         bandwidth: Width of the kernel; the smooth calibration error, where it was not given.
+
+    Example:
+        >>> curve = reliability_curve([0, 1, 1], [0.3, 0.6, 0.9], n_points=8)
+        >>> isinstance(curve, ReliabilityCurve), len(curve.density)
+        (True, 8)
     """
 
     prob_true: Float[Tensor, " points"]

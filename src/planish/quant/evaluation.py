@@ -44,6 +44,11 @@ class Evaluation:
         reliability: The curve behind it.
         relative_error: Squared change of the outputs relative to the base's, where there are no probabilities.
         cosine: Mean cosine between outputs of base and model, where there are no probabilities.
+
+    Example:
+        >>> difference = Estimate(0.01, low=-0.01, high=0.03)
+        >>> Evaluation(9, 900, bytes=100, tokens_per_second=1.0, confidence=0.95, difference=difference).lossless
+        True
     """
 
     windows: int

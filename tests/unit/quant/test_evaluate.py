@@ -55,7 +55,19 @@ def test_figures_equal_a_direct_computation():
     assert got.kl.low < got.kl.value < got.kl.high
     assert (got.windows, got.tokens) == (12, 12 * 23)
     assert got.bytes < evaluate(base, [ids]).bytes
-    assert not got.lossless
+
+
+def test_loss_is_seen_on_the_text_of_the_base():
+    base, model = llama(0), llama(0)
+    ids = text(rows=24, length=1)
+    for _ in range(20):
+        nexts = base(ids).logits[:, -1].softmax(-1)
+        drawn = torch.multinomial(nexts, 1, generator=torch.Generator().manual_seed(ids.shape[1]))
+        ids = torch.cat([ids, drawn], 1)
+    quantize(model, [ids], rtn(bits=2, group_size=32))
+    got = evaluate(model, [ids], base)
+    assert 0 < got.difference.low < got.difference.value < got.difference.high
+    assert not got.lossless and "not shown to be lossless" in str(got)
 
 
 def test_padding_is_left_out():
