@@ -1,19 +1,42 @@
-"""Make a torch model 4-bit."""
+"""Make a torch model 4-bit.
+
+How to choose: `best()`, unless a paper is to be reproduced. `rtn()` needs no data; `smoothquant_plus()` is quick and
+leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare with.
+"""
+
+from collections.abc import Callable
 
 from planish.quant.checkpoint import inspect, load, save
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
+from planish.quant.evaluation import Evaluation, compare, evaluate
 from planish.quant.export import export
 from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
 from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
+from planish.quant.methods.awq import awq
+from planish.quant.methods.best import best
+from planish.quant.methods.gptq import gptq
 from planish.quant.methods.rtn import rtn
+from planish.quant.methods.smoothquant_plus import smoothquant_plus
 from planish.quant.report import Report
+from planish.quant.search import search
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "rtn": rtn,
+    "awq": awq,
+    "gptq": gptq,
+    "smoothquant+": smoothquant_plus,
+    "best": best,
+}
+"""Presets by name; each can be called without arguments."""
 
 __all__ = [
     "FP4",
+    "METHODS",
     "Affine",
     "Dual",
+    "Evaluation",
     "Format",
     "Journal",
     "Method",
@@ -22,11 +45,18 @@ __all__ = [
     "Report",
     "SafetensorsWeights",
     "assemble",
+    "awq",
+    "best",
+    "compare",
+    "evaluate",
     "export",
+    "gptq",
     "inspect",
     "load",
     "open_model",
     "quantize",
     "rtn",
     "save",
+    "search",
+    "smoothquant_plus",
 ]
