@@ -13,7 +13,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="a minute's worth of the same cases")
-    parser.add_argument("--against", help="only these rivals, comma-separated (part of a name is enough); `none` for none")
+    parser.add_argument(
+        "--against", help="only these rivals, comma-separated (part of a name is enough); `none` for none"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")

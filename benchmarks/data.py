@@ -124,7 +124,9 @@ def windows(model: Path, count: int, length: int, *, evaluation: bool) -> Window
     # Eight characters a token is far above English prose's four: enough text, without tokenizing all of it.
     ids = torch.tensor(tokenizer(text[: count * length * 8], add_special_tokens=False)["input_ids"])
     if len(ids) < count * inner:
-        raise ValueError(f"windows: {source} holds {len(ids)} tokens; {count} windows of {length} need {count * inner}.")
+        raise ValueError(
+            f"windows: {source} holds {len(ids)} tokens; {count} windows of {length} need {count * inner}."
+        )
     rows = ids[: count * inner].reshape(count, inner)
     if framed:
         edge = torch.ones(count, 1, dtype=rows.dtype)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 CHUNK = 256
 
@@ -78,7 +78,7 @@ def language_scores(model: nn.Module, ids: Tensor, float_hidden: Tensor) -> dict
         columns["nll"].append(torch.cat(nll).double().mean())
         columns["kl"].append(torch.cat(kl).double().mean())
         columns["top1"].append(torch.cat(same).double().mean())
-        columns["hidden"].append(((hidden - reference).double().square().sum() / reference.double().square().sum()))
+        columns["hidden"].append((hidden - reference).double().square().sum() / reference.double().square().sum())
     return {name: torch.stack(column) for name, column in columns.items()}
 
 

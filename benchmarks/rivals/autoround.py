@@ -1,7 +1,7 @@
-"""AutoRound: rounding without training (`rtn`, its default route at 0 iterations), `neuqi`, and signed-gradient `train`.
+"""AutoRound: `rtn` (its route at 0 iterations), `neuqi` (its grid search) and `train` (signed gradients).
 
-At 0 iterations its activation-weighted search runs only on the symmetric grid; on the asymmetric one that route is plain
-min-max rounding, and `neuqi` is its search there.
+At 0 iterations its activation-weighted search runs on the symmetric grid alone; on the asymmetric one that route is
+plain min-max rounding, and `neuqi` is its search there.
 """
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ def quantize(model: nn.Module, tokens: Tensor, settings: Settings) -> Read:
     if settings.method == "train" and settings.iters < 1:
         raise ValueError(f"autoround: `iters` must be at least 1 for `train`; got {settings.iters}.")
     algorithm = {
-        "rtn": lambda: RTNConfig(),
+        "rtn": RTNConfig,
         "neuqi": lambda: RTNConfig(enable_neuqi=True),
         "train": lambda: SignRoundConfig(iters=settings.iters),
     }[settings.method]()

@@ -1,4 +1,4 @@
-"""HQQ: half-quadratic scales and zero points, no data; its zero point is a float, so its grid is not the integer one."""
+"""HQQ: half-quadratic zero points, no data. They are floats, so its grid is not the integer one."""
 
 import torch
 from torch import Tensor, nn

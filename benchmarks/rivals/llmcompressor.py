@@ -19,7 +19,10 @@ def _recipe(settings: Settings) -> list[object]:
         strategy="group" if settings.group_size else "channel",
         group_size=settings.group_size,
     )
-    scheme = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+    scheme = {
+        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": ["lm_head"],
+    }
     if settings.method == "gptq":
         return [GPTQModifier(**scheme)]
     rounding = QuantizationModifier(**scheme)
