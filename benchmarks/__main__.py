@@ -1,0 +1,34 @@
+"""`python -m benchmarks NAME [--quick] [--against a,b] [--fresh]`: run one benchmark, keep its rows, show them."""
+
+import argparse
+import importlib
+import logging
+
+from benchmarks import harness
+
+NAMES = ("quant", "cost")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--quick", action="store_true", help="a minute's worth of the same cases")
+    parser.add_argument(
+        "--against", help="only these rivals, comma-separated (part of a name is enough); `none` for none"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    against = None if args.against is None else tuple(a for a in args.against.split(",") if a != "none")
+    skipped: dict[str, str] = {}
+    module = importlib.import_module(f"benchmarks.{args.name}")
+    rows = list(module.rows(args.quick, against=against, fresh=args.fresh, skipped=skipped))
+    path = harness.save(args.name, rows, quick=args.quick, skipped=skipped)
+    harness.show(rows)
+    for subject, reason in skipped.items():
+        print(f"skipped {subject}: {reason}")
+    print(f"kept in {path.relative_to(harness.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

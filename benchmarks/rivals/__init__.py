@@ -1,0 +1,1 @@
+"""One driver a rival, each run as its own process with the rivals' interpreter; none of them imports planish."""
