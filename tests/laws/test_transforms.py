@@ -257,10 +257,21 @@ def test_a_refused_fold_leaves_the_producer_bit_identical(make, build):
     before = {n: p.clone() for n, p in pair.producer.named_parameters()}
     whole = pair(block.inputs[0])
     t = make()
-    assert not fold.apply(block, t, site)
+    assert not fold.apply(block, t, site, online=True)
     assert all(torch.equal(p, before[n]) for n, p in pair.producer.named_parameters())
     assert site.online is t
     assert torch.allclose(pair(block.inputs[0]), whole, rtol=1e-10, atol=1e-10)  # it goes on online, exactly
+
+
+@pytest.mark.parametrize(("make", "build"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_refused_fold_that_may_not_stay_online_changes_nothing(make, build):
+    pair = build()
+    width = next(pair.producer.parameters()).shape[-1]
+    block, site = site_in(pair, width=width)
+    before = {n: p.clone() for n, p in pair.named_parameters()}
+    assert not fold.apply(block, make(), site)
+    assert all(torch.equal(p, before[n]) for n, p in pair.named_parameters())
+    assert site.online is None
 
 
 def test_an_untied_scale_under_a_many_to_one_map_is_refused():
