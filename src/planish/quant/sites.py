@@ -149,7 +149,7 @@ def find_sites(block: Block, skip: Callable[[str], bool], known: dict[Any, list[
     Returns:
         The sites in order of execution.
     """
-    signature = tuple((n, type(m).__name__, tuple(p.shape)) for n, m in block.module.named_modules()
+    signature = tuple((n, type(m).__name__, tuple(p.shape), skip(n)) for n, m in block.module.named_modules()
                       for p in m.parameters(recurse=False))  # fmt: skip
     if known is not None and signature in known:
         return [rebind(site, block) for site in known[signature]]

@@ -74,7 +74,7 @@ class Block:
     def call(self, hidden: Any, context: Mapping[str, Any]) -> Tensor:  # noqa: ANN401  (a whole batch for a whole model)
         """Return the block's output for one batch."""
         if self.first is None:
-            return first_tensor(call_model(self.module, _to(hidden, self.device)))
+            return first_tensor(call_model(self.module, _to(hidden, self.device, torch.float32)))
         return first_tensor(self.module(**{self.first: _to(hidden, self.device)}, **_to(context, self.device)))
 
 
@@ -327,7 +327,7 @@ def _to(value: Any, device: torch.device, half: torch.dtype | None = None) -> An
     """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`."""
     if isinstance(value, Tensor):
         return value.to(device, half if half is not None and value.dtype in _HALF else value.dtype)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):  # a tokenizer's batch is one, and no dict
         return {k: _to(v, device, half) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_to(v, device, half) for v in value)
