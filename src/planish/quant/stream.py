@@ -65,10 +65,9 @@ class Block:
             return hidden, context
         rows = hidden.shape[0]
         i = int(keep.sum(-1).argmax()) if keep is not None and keep.shape[0] == rows else 0
-        cut = {
-            k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()
-        }
-        return hidden[i : i + 1], cut
+        row = slice(i, i + 1)
+        cut = {k: v[row] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()}
+        return hidden[row], cut
 
     @torch.no_grad()
     def call(self, hidden: Any, context: Mapping[str, Any]) -> Tensor:  # noqa: ANN401  (a whole batch for a whole model)
@@ -308,7 +307,8 @@ def first_tensor(output: Any) -> Tensor:  # noqa: ANN401
         for value in values:
             if isinstance(value, Tensor):
                 return value
-    raise bad("quantize", "model", "one that returns a tensor, or a tuple or dict that holds one", type(output).__name__)
+    allowed = "one that returns a tensor, or a tuple or dict that holds one"
+    raise bad("quantize", "model", allowed, type(output).__name__)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
