@@ -97,7 +97,7 @@ class Affine(Format):
 
     Example:
         >>> import torch
-        >>> q = Affine(4, group_size=4).encode(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]))
+        >>> q = Affine(4, group_size=4).encode(torch.tensor([[-1.0, 0.0, 0.4, 2.0]]))
         >>> q.codes.tolist(), q.zero.tolist()
         ([[0, 5, 7, 15]], [[5]])
     """
