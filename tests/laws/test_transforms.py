@@ -302,12 +302,12 @@ def test_a_norm_that_something_else_reads_is_refused():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Scale(torch.tensor([1.0, 0.0])), r"Scale: `scale` must be finite and above zero in every channel; got 0.0"),
+        (lambda: Scale(torch.tensor([1.0, 0.0])), r"Scale: `scale` must be finite and above zero .* got 0.0"),
         (lambda: Scale(torch.tensor([1.0, -2.0])), "got -2.0"),
         (lambda: Scale(torch.tensor([float("nan")])), "got nan"),
         (lambda: Scale(torch.tensor([float("inf")])), "got inf"),
         (lambda: Shift(torch.tensor([0.0, float("inf")])), r"Shift: `offset` must be finite in every channel; got inf"),
-        (lambda: Permute(torch.tensor([0, 0, 1])), r"Permute: `index` must be a permutation of 0 to 2; got \[0, 0, 1\]"),
+        (lambda: Permute(torch.tensor([0, 0, 1])), r"Permute: `index` must be a permutation of 0 to 2; got"),
         (lambda: Permute(torch.tensor([1, 2, 3])), "Permute: `index`"),
         (lambda: Rotate(torch.ones(1, 2, 2)), r"Rotate: `blocks` must be orthogonal matrices; got"),
         (lambda: Rotate(torch.full((1, 2, 2), float("nan"))), "Rotate: `blocks`"),

@@ -290,8 +290,8 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
             entry = BlockReport.of(block, sites)
             if entry.unseen:
                 warn_once(
-                    f"quantize, block {block.name}: no token was sent to {', '.join(entry.unseen)}; what no data is known "
-                    "for is rounded to nearest. More batches may reach it."
+                    f"quantize, block {block.name}: no token was sent to {', '.join(entry.unseen)}; what nothing is "
+                    "known of is rounded to nearest. More batches may reach them."
                 )
             block.inputs = hidden if method.feed == "quantized" else block.inputs
             entry.folded = process(block, sites, method)

@@ -78,7 +78,7 @@ class Experts(nn.Module):
 
 @contextmanager
 def visiting_all(module: nn.Module) -> Iterator[None]:
-    """Call every expert at least once a run while inside, also those that no token is sent to; outputs do not change."""
+    """Call every expert at least once a run while inside, also those that no token is sent to; outputs stay."""
     found = [m for m in module.modules() if isinstance(m, Experts)]
     for experts in found:
         experts.visit_all = True
@@ -180,7 +180,7 @@ def _stacked(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _separate(fused: nn.Module) -> Experts | None:
-    """The separate experts that a fused module most likely stands for; None where its parameters fit no known layout."""
+    """The separate experts that a fused module most likely stands for; None where its parameters fit no layout."""
     gated = _stacked(fused, "gate_up_proj")
     up, down = gated if gated is not None else _stacked(fused, "up_proj"), _stacked(fused, "down_proj")
     act = getattr(fused, "act_fn", None)
@@ -235,7 +235,7 @@ def _same(fused: nn.Module, separate: Experts) -> bool:
     count = len(separate._modules)
     k = min(2, count)
     g = torch.Generator().manual_seed(0)
-    channels = next(separate.children()).get_submodule("up_proj").in_features  # type: ignore[attr-defined]
+    channels = int(example.shape[2 if getattr(fused, "is_transposed", False) else 1])
     x = torch.randn(2 * count, channels, generator=g).to(example)
     index = torch.stack([(torch.arange(2 * count) + shift) % count for shift in range(k)], 1).to(example.device)
     share = torch.rand(2 * count, k, generator=g).to(example)

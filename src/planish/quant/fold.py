@@ -62,12 +62,12 @@ def _change_basis(module: nn.Module, transform: Transform) -> None:
     """Rewrite a dense layer for the transformed input."""
     weight = weight_of(module)
     if not transform.linear:
-        bias = getattr(module, "bias", None)
+        bias: Tensor | None = getattr(module, "bias", None)
         moved = transform.bias(weight, None if bias is None else bias.detach())
-        if moved is not None and bias is None:
-            module.bias = nn.Parameter(moved, requires_grad=False)
-        elif moved is not None:
+        if bias is not None and moved is not None:
             bias.copy_(moved)
+        elif moved is not None:
+            module.bias = nn.Parameter(moved, requires_grad=False)
     set_weight(module, transform.weight(weight))
 
 
@@ -78,7 +78,7 @@ def _ways(transform: Transform, site: Site) -> Iterator[Callable[[], bool]]:
         return
     if is_linear(producer):
         yield lambda: _absorb_in_linear(transform, producer, site)
-    elif transform.diagonal and producer.weight.shape[-1:] == site_width(site):  # type: ignore[union-attr]
+    elif transform.diagonal and producer.get_parameter("weight").shape[-1:] == site_width(site):
         yield lambda: _absorb_in_norm(transform, producer, 0.0)
         yield lambda: _absorb_in_norm(transform, producer, 1.0)  # norms that multiply by 1 + w
 
@@ -89,7 +89,7 @@ def site_width(site: Site) -> tuple[int]:
 
 
 def _absorb_in_norm(transform: Transform, norm: nn.Module, offset: float) -> bool:
-    weight: Tensor = norm.weight  # type: ignore[assignment]
+    weight = norm.get_parameter("weight")
     bias = getattr(norm, "bias", None)
     weight.copy_(transform(weight + offset) - offset)
     if isinstance(bias, Tensor):

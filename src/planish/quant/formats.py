@@ -19,7 +19,12 @@ from planish._support import bad
 Limits: TypeAlias = tuple[Tensor, Tensor]
 """Lowest and highest value each group must reach, both of shape (*rows, G); zero is always included."""
 
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1 magnitudes, by code
 
 
@@ -97,7 +102,7 @@ class Affine(Format):
 
     Example:
         >>> import torch
-        >>> q = Affine(4, group_size=4).encode(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]))
+        >>> q = Affine(4, group_size=4).encode(torch.tensor([[-1.0, 0.0, 0.4, 2.0]]))
         >>> q.codes.tolist(), q.zero.tolist()
         ([[0, 5, 7, 15]], [[5]])
     """
@@ -162,7 +167,8 @@ class Affine(Format):
         rounded = scale.to(stored)
         if torch.isinf(rounded).any():
             raise ValueError(
-                f"Affine: a scale of {scale.max().item():.3g} does not fit {self.scale_dtype}; use scale_dtype='float32'."
+                f"Affine: a scale of {scale.max().item():.3g} does not fit {self.scale_dtype}; "
+                "use scale_dtype='float32'."
             )
         tiny = torch.finfo(stored).smallest_normal
         rounded = torch.where(scale > 0, rounded.clamp(min=tiny), torch.ones_like(rounded)).to(scale.dtype)

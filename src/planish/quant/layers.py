@@ -61,7 +61,7 @@ class QLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        format: Affine,  # noqa: A002  (the field's word)
+        format: Affine,
         *,
         bias: bool = True,
         transform: Transform | None = None,
@@ -79,8 +79,8 @@ class QLinear(nn.Module):
         self.register_buffer("weight_packed", torch.zeros(words, dtype=torch.int32, device=device))
         stored = SCALE_DTYPES[format.scale_dtype]
         self.register_buffer("weight_scale", torch.ones(out_features, groups, dtype=stored, device=device))
-        zeros = None if format.symmetric else torch.zeros(n_words(out_features, bits), groups, dtype=torch.int32, device=device)
-        self.register_buffer("weight_zero_point", zeros)
+        zeros = torch.zeros(n_words(out_features, bits), groups, dtype=torch.int32, device=device)
+        self.register_buffer("weight_zero_point", None if format.symmetric else zeros)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         self.register_buffer("down", torch.zeros(rank, in_features, dtype=dtype, device=device) if rank else None)

@@ -113,7 +113,8 @@ def measure(block: Block, sites: Sequence["Site"]) -> list[Tensor]:
             if not torch.isfinite(x).all():
                 layer = next(iter(site.consumers))
                 raise ValueError(
-                    f"quantize, block {block.name or 'model'}, `{layer}`: its input holds NaN or Inf in batch {len(outputs)}."
+                    f"quantize, block {block.name or 'model'}, `{layer}`: its input holds NaN or Inf "
+                    f"in batch {len(outputs)}."
                 )
             site.measured = site.measured or Moments.empty(x)
             site.measured.add(x)
@@ -131,7 +132,11 @@ def measure(block: Block, sites: Sequence["Site"]) -> list[Tensor]:
 
 
 def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
-    """Return the mean of x x' over the tokens that enter a site, with the block as it stands now."""
+    """Return the mean of x x' over the tokens that enter a site, with the block as it stands now.
+
+    Raises:
+        RuntimeError: No token enters the site.
+    """
     total: list[Tensor] = []
     count = [0]
 
@@ -144,4 +149,6 @@ def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
     with watching(site, take, block.keep):
         for _ in block.run():
             continue
-    return total[0] / max(count[0], 1)
+    if not count[0]:
+        raise RuntimeError(f"site {site.kind}: no token enters it")
+    return total[0] / count[0]

@@ -74,7 +74,8 @@ def unpack(packed: Int32[Tensor, "rows words"], bits: int, columns: int) -> UInt
     """
     _check_bits("unpack", bits)
     if packed.ndim != 2 or packed.shape[1] != n_words(columns, bits):
-        raise bad("unpack", "packed", f"(rows, {n_words(columns, bits)}) for {columns} codes of {bits} bits", packed.shape)
+        shape = f"(rows, {n_words(columns, bits)}) for {columns} codes of {bits} bits"
+        raise bad("unpack", "packed", shape, tuple(packed.shape))
     mask = (1 << bits) - 1
     if 32 % bits == 0:
         each = 32 // bits

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from planish.quant.experts import fused_experts
 from planish.quant.stream import Block, kept
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ class Report:
 
     def finish(self, model: nn.Module, seconds: float) -> None:
         """Enter what is known at the end."""
-        from planish.quant.experts import fused_experts
-        from planish.quant.sites import is_linear
+        from planish.quant.sites import is_linear  # noqa: PLC0415  (sites know blocks, blocks are reported on)
 
         self.seconds = seconds
         self.bytes_after = model_bytes(model)
@@ -133,7 +133,8 @@ class Report:
             lines.append(f"relative error after the last block {last.error:.3g} ({last.sqnr:.1f} dB)")
         lines += [f"  {entry.name}: {entry.error:.3g}" for entry in self.worst(3)]
         if self.left_in_float:
-            lines.append(f"left in float: {', '.join(self.left_in_float[:6])}" + (" ..." * (len(self.left_in_float) > 6)))
+            more = " ..." if len(self.left_in_float) > 6 else ""
+            lines.append(f"left in float: {', '.join(self.left_in_float[:6])}{more}")
         return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
 Linears that receive the same activation form a site. The layer whose output that activation is can absorb a transform:
 a norm, or a linear. If nothing's output is that very tensor, earlier linears are probed: doubling an output row doubles
 exactly (bit for bit, a power of two commutes with every rounding) those input channels that are proportional to it, and
-nothing else does. One run finds whether all channels doubled; log2(rows) more read off, bit by bit, which row each came from.
+nothing else does. One run finds whether all channels doubled; log2(rows) more read off, bit by bit, which row each
+came from.
 """
 
 import math
@@ -20,7 +21,6 @@ from planish.quant.experts import Experts, visiting_all
 from planish.quant.moments import Moments
 from planish.quant.stream import Block, first_tensor
 from planish.quant.transforms import Transform
-
 
 _FEWEST_OUTPUTS = 16
 
@@ -93,13 +93,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def stays_float(module: nn.Module) -> bool:
-    """Tell whether a dense layer is too small to be worth rounding: fewer than 16 outputs, as gates and routers have."""
+    """Tell whether a dense layer is too small to be worth rounding: fewer than 16 outputs, as gates have."""
     return weight_of(module).shape[0] < _FEWEST_OUTPUTS
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "out in"]:
     """Return a dense layer's weight as (O, I), whatever way it is stored; a view."""
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+    weight = module.get_parameter("weight").detach()
     return weight if isinstance(module, nn.Linear) or not is_linear(module) else weight.T
 
 
@@ -120,7 +120,7 @@ def find_sites(block: Block, skip: Callable[[str], bool], known: dict[Any, list[
     Returns:
         The sites in order of execution.
     """
-    signature = tuple((n, type(m).__name__, tuple(p.shape)) for n, m in block.module.named_modules()
+    signature = tuple((n, type(m).__name__, tuple(p.shape), skip(n)) for n, m in block.module.named_modules()
                       for p in m.parameters(recurse=False))  # fmt: skip
     if known is not None and signature in known:
         return [rebind(site, block) for site in known[signature]]
@@ -177,7 +177,9 @@ class _Trace:
         handles = []
         for name, module in self.block.module.named_modules():
             weight = getattr(module, "weight", None)
-            if not name or not isinstance(weight, Tensor) or weight.ndim not in (1, 2) or isinstance(module, nn.Embedding):
+            if not name or not isinstance(weight, Tensor) or isinstance(module, nn.Embedding):
+                continue
+            if weight.ndim not in (1, 2):
                 continue
             self.modules[name] = module
 
@@ -199,7 +201,7 @@ class _Trace:
         groups: dict[Any, list[str]] = {}
         order = list(self.received)
         for name in order:
-            if self.modules[name].weight.ndim == 2:  # type: ignore[union-attr, operator]
+            if self.modules[name].weight.ndim == 2:
                 groups.setdefault(self._source(name, groups), []).append(name)
         found = []
         for names in groups.values():
@@ -242,15 +244,16 @@ class _Trace:
         return self.row_sets[name]
 
     def _source(self, name: str, groups: dict[Any, list[str]]) -> Any:  # noqa: ANN401
-        """What identifies a layer's input: its memory, or the earlier input whose rows these are (tokens of an expert)."""
+        """What identifies a layer's input: its memory, or the earlier input whose rows these are (experts' tokens)."""
         x = self.received[name]
         key = _memory(x)
         if key in groups or x.ndim != 2:
             return key
         for other, members in groups.items():
             earlier = self.received[members[0]]
-            if earlier.shape[-1] == x.shape[-1] and earlier.numel() >= x.numel() and self._rows(name) <= self._rows(members[0]):
-                return other
+            if earlier.shape[-1] == x.shape[-1] and earlier.numel() >= x.numel():
+                if self._rows(name) <= self._rows(members[0]):
+                    return other
         return key
 
     def _find_producer(self, site: Site, names: list[str], order: list[str]) -> None:
@@ -267,7 +270,8 @@ class _Trace:
                 channels = self._probe(name, names[0])
                 if channels is not None:
                     site.producer, site.producer_name = producer, name
-                    one_to_one = torch.equal(channels, torch.arange(weight_of(producer).shape[0], device=channels.device))
+                    rows = torch.arange(weight_of(producer).shape[0], device=channels.device)
+                    one_to_one = torch.equal(channels, rows)
                     site.channels = None if one_to_one else channels
                     return
 
@@ -361,7 +365,7 @@ def _reads(module: nn.Module, width: int) -> bool:
 
 def _memory(x: Tensor) -> tuple[int, int, int]:
     """What tells one tensor from another, whatever shape it is viewed in."""
-    return x.untyped_storage().data_ptr(), x.storage_offset(), x.numel()
+    return x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel()
 
 
 def _alike(a: Tensor, b: Tensor) -> Tensor:

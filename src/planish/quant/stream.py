@@ -65,16 +65,15 @@ class Block:
             return hidden, context
         rows = hidden.shape[0]
         i = int(keep.sum(-1).argmax()) if keep is not None and keep.shape[0] == rows else 0
-        cut = {
-            k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()
-        }
-        return hidden[i : i + 1], cut
+        row = slice(i, i + 1)
+        cut = {k: v[row] if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v for k, v in context.items()}
+        return hidden[row], cut
 
     @torch.no_grad()
     def call(self, hidden: Any, context: Mapping[str, Any]) -> Tensor:  # noqa: ANN401  (a whole batch for a whole model)
         """Return the block's output for one batch."""
         if self.first is None:
-            return first_tensor(call_model(self.module, _to(hidden, self.device)))
+            return first_tensor(call_model(self.module, _to(hidden, self.device, torch.float32)))
         return first_tensor(self.module(**{self.first: _to(hidden, self.device)}, **_to(context, self.device)))
 
 
@@ -323,7 +322,8 @@ def first_tensor(output: Any) -> Tensor:  # noqa: ANN401
         for value in values:
             if isinstance(value, Tensor):
                 return value
-    raise bad("quantize", "model", "one that returns a tensor, or a tuple or dict that holds one", type(output).__name__)
+    allowed = "one that returns a tensor, or a tuple or dict that holds one"
+    raise bad("quantize", "model", allowed, type(output).__name__)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
@@ -355,7 +355,7 @@ def _to(
         if moved is not None:
             moved[id(value)] = value, made  # the key stays taken while the tensor lives
         return made
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):  # a tokenizer's batch is one, and no dict
         return {k: _to(v, device, half, moved) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_to(v, device, half, moved) for v in value)

@@ -182,11 +182,13 @@ class Rotate(Transform):
         if x.shape[-1] % size or self.blocks.shape[0] not in (1, x.shape[-1] // size):
             raise bad("Rotate", "x", f"channels that {tuple(self.blocks.shape)} blocks cover", tuple(x.shape))
         parts = x.unflatten(-1, (-1, size))
-        return torch.einsum("...ks,kst->...kt", parts, self.blocks.to(x.dtype).expand(parts.shape[-2], -1, -1)).flatten(-2)
+        blocks = self.blocks.to(x.dtype).expand(parts.shape[-2], -1, -1)
+        rotated: Tensor = torch.einsum("...ks,kst->...kt", parts, blocks)
+        return rotated.flatten(-2)
 
     def weight(self, w: Float[Tensor, "out channels"]) -> Float[Tensor, "out channels"]:
         """Return W with each block of columns rotated alike."""
-        return self(w)
+        return self.forward(w)
 
 
 class Chain(Transform):

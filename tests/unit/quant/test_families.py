@@ -5,9 +5,6 @@ would hide a wrong fold). Hugging Face norms and routers compute in float32 what
 are made to stay in float64, so that an exact fold shows as 1e-10 and a nearly right one does not.
 """
 
-import copy
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -313,8 +310,8 @@ def test_the_walk_is_the_model_s_own_forward(family):
     for name, states in zip(stream.names, walked, strict=True):
         for ours, theirs in zip(states, seen_by[name], strict=True):
             assert torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True), name
-    for ours, theirs in zip(stream.outputs(hidden), finals, strict=True):
-        ours = ours.logits if "logits" in ours else ours.last_hidden_state
+    for output, theirs in zip(stream.outputs(hidden), finals, strict=True):
+        ours = output.logits if "logits" in output else output.last_hidden_state
         assert torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
