@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from planish._support import bad
 from planish.quant.formats import SCALE_DTYPES, Affine, Limits, QTensor
+from planish.quant.precision import linear
 
 
 def damped(gram: Float[Tensor, "channels channels"], damping: float) -> Float[Tensor, "channels channels"]:
@@ -44,7 +45,7 @@ def output_loss(
         2.0
     """
     gap = weight - rounded
-    return ((gap @ gram) * gap).sum(-1)
+    return (linear(gap, gram) * gap).sum(-1)
 
 
 class Grid:
@@ -124,7 +125,7 @@ def greedy(
             if i + 1 < stop - start:
                 part[i + 1 :].addr_(corner[i, i + 1 :], error, alpha=-1)
             errors.append(error)
-        work[:, stop:] -= torch.stack(errors, 1) @ upper[start:stop, stop:]
+        work[:, stop:] -= linear(torch.stack(errors, 1), upper[start:stop, stop:].T)
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result
@@ -158,7 +159,7 @@ def descend(
     """
     channels = weight.shape[1]
     codes = codes.clone()
-    pull = (weight - grid.values(codes)) @ gram  # (O, C): minus half the gradient
+    pull = linear(weight - grid.values(codes), gram)  # (O, C): minus half the gradient
     group, diagonal = grid.group.tolist(), gram.diagonal().tolist()
     for _ in range(sweeps):
         for start in range(0, channels, block):
@@ -173,8 +174,7 @@ def descend(
                 part.addr_(corner[i], move, alpha=-1)
                 codes[:, column] = new
                 moves.append(move)
-            step = torch.stack(moves, 1)
-            pull -= step @ gram[start:stop]
+            pull -= linear(torch.stack(moves, 1), gram[:, start:stop])
     return codes
 
 
@@ -199,7 +199,7 @@ def refit(
     steps = codes - grid.zero[:, grid.group]  # (O, C)
     member = nn.functional.one_hot(grid.group, groups).to(steps.dtype)  # (C, G)
     split = torch.einsum("oc,cg->ogc", steps, member)  # each group's steps, zero elsewhere
-    seen = split @ gram  # (O, G, C)
+    seen = linear(split, gram)  # (O, G, C); gram is symmetric
     system = seen @ split.mT
     wanted = torch.einsum("ogc,oc->og", seen, weight)
     ridge = system.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-30)[:, None, None] * 1e-6

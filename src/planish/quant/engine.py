@@ -21,10 +21,11 @@ from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format
 from planish.quant.layers import QLinear
 from planish.quant.moments import measure
+from planish.quant.precision import Dense, restore, round_off
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
 from planish.quant.sites import Site, find_sites, is_linear, rebind, stays_float, weight_of
-from planish.quant.stream import Block, Stream, Weights, restore_dtype, round_off, round_off_layer
+from planish.quant.stream import Block, Stream, Weights
 from planish.quant.transforms import Transform
 
 logger = logging.getLogger("planish")
@@ -202,9 +203,12 @@ def process(block: Block, sites: list[Site], method: Method, *, check: bool = Tr
 def place(block: Block, layers: dict[str, nn.Module]) -> None:
     """Put rounded layers into a block, as dense stand-ins where that computes the same."""
     for name, layer in layers.items():
-        round_off_layer(block, name, layer)
+        round_off(layer, block.stored, prefix=name + ".")
         block.finished[name] = layer
-        stand_in = layer.dequantize() if isinstance(layer, QLinear) and layer.act is None else layer
+        stand_in: nn.Module = layer
+        if isinstance(layer, QLinear) and layer.act is None:
+            stand_in = layer.dequantize()
+            stand_in.__class__ = Dense
         block.module.set_submodule(name, stand_in)
 
 
@@ -295,13 +299,13 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
                 )
             block.inputs = hidden if method.feed == "quantized" else block.inputs
             entry.folded = process(block, sites, method)
-            round_off(block)
+            round_off(block.module, block.stored, but=frozenset(block.finished))
         else:
             clean = entry.clean
         hidden = list(block.run(hidden))
         entry.finish(block, clean, hidden)
         settle(block)
-        restore_dtype(block)
+        restore(block.module, block.stored)
         if journal:
             if kept is None:
                 journal.store(index, block, entry)

@@ -4,7 +4,7 @@ Legend: T tokens, C channels.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from planish.quant.precision import linear
 from planish.quant.stream import Block, kept
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ def measure(block: Block, sites: Sequence["Site"]) -> list[Tensor]:
     return outputs
 
 
+class _SeenError(Exception):
+    """Raised to leave a block once the wanted input has been seen."""
+
+
 def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
     """Return the mean of x x' over the tokens that enter a site, with the block as it stands now.
 
@@ -143,12 +148,16 @@ def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
     def take(x: Tensor) -> None:
         if not total:
             total.append(x.new_zeros(x.shape[-1], x.shape[-1]))
-        total[0].addmm_(x.T, x)
+        if len(x):
+            total[0] += linear(x.T, x.T)
         count[0] += len(x)
+        if not site.split:
+            raise _SeenError
 
     with watching(site, take, block.keep):
-        for _ in block.run():
-            continue
+        for hidden, context in zip(block.inputs, block.context, strict=True):
+            with suppress(_SeenError):  # what follows the site is of no interest
+                block.call(hidden, context)
     if not count[0]:
         raise RuntimeError(f"site {site.kind}: no token enters it")
     return total[0] / count[0]

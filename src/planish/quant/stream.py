@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from planish._support import bad, logger
+from planish.quant.precision import HALF, restore, widen
 
 
 class Weights(Protocol):
@@ -209,15 +210,12 @@ class Stream:
         if self.weights is not None and not self.whole:
             self.weights.load(module, self.names[index])
         block = Block(self.names[index], module, inputs, self.contexts[index], self.keep, self.first, self.device)
-        for name, tensor in _tensors(module):
-            block.stored[name] = tensor.dtype
-            if tensor.dtype in _HALF:
-                tensor.data = tensor.data.float()
+        block.stored = widen(module)
         return block
 
     def put_back(self, block: Block, index: int) -> None:
         """Give back a block that was only looked at."""
-        restore_dtype(block)
+        restore(block.module, block.stored)
         self.release(index)
 
     def release(self, index: int) -> None:
@@ -252,34 +250,6 @@ def _equal(a: Any, b: Any) -> bool:  # noqa: ANN401
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
         return False
     return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def round_off(block: Block) -> None:
-    """Give what stays in float the values it will have in its stored precision, so that no later step is surprised."""
-    for name, tensor in _tensors(block.module):
-        if block.stored.get(name) in _HALF and name.rpartition(".")[0] not in block.finished:
-            tensor.data = tensor.data.to(block.stored[name]).float()
-
-
-def round_off_layer(block: Block, name: str, layer: nn.Module) -> None:
-    """Do the same for what a quantized layer keeps beside its codes (its bias), before its stand-in is made."""
-    for part, tensor in _tensors(layer):
-        if block.stored.get(f"{name}.{part}") in _HALF:
-            tensor.data = tensor.data.to(block.stored[f"{name}.{part}"]).float()
-
-
-def restore_dtype(block: Block) -> None:
-    """Bring what stays in float back to its stored precision."""
-    for name, tensor in _tensors(block.module):
-        if block.stored.get(name) in _HALF:
-            tensor.data = tensor.data.to(block.stored[name])
-
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def find_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
@@ -351,7 +321,7 @@ def _to(
     if isinstance(value, Tensor):
         if moved is not None and id(value) in moved:
             return moved[id(value)][1]
-        made = value.to(device, half if half is not None and value.dtype in _HALF else value.dtype)
+        made = value.to(device, half if half is not None and value.dtype in HALF else value.dtype)
         if moved is not None:
             moved[id(value)] = value, made  # the key stays taken while the tensor lives
         return made

@@ -174,7 +174,9 @@ class Rotate(Transform):
         off = (blocks @ blocks.mT - eye).abs().max().item()
         if not off < 1e-3:
             raise bad("Rotate", "blocks", "orthogonal matrices", f"|R R' - 1| up to {off:.3g}")
-        self.register_buffer("blocks", blocks.contiguous())  # as a file gives them back: the same sums in the same order
+        self.register_buffer(
+            "blocks", blocks.contiguous()
+        )  # as a file gives them back: the same sums in the same order
 
     def forward(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
         """Return x with each block of channels rotated."""

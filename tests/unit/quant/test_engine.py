@@ -15,6 +15,7 @@ from torch import nn
 from planish.quant import QLinear, fold, quantize, rtn
 from planish.quant.engine import Method, Walk, process
 from planish.quant.formats import Affine, Dual
+from planish.quant.local import SiteError
 from planish.quant.moments import Moments, gram, measure
 from planish.quant.report import BlockReport, Report, model_bytes
 from planish.quant.rounding import Clip, Nearest, best_limits
@@ -426,6 +427,7 @@ def test_clip_refuses_a_site_whose_transform_is_online():
         rtn(group_size=16),
         transform=lambda s, m: Scale(torch.full((next(iter(s.weights.values())).shape[1],), 2.0)),
         round=Clip(),
+        online=True,
     )
     with pytest.raises(ValueError, match="Clip: `site` must be one whose transform was folded"):
         quantize(model, [x], method)
@@ -440,7 +442,7 @@ def test_a_transform_that_finds_no_layer_runs_online(bias):
     def shift(site, method):
         return Shift(noise(next(iter(site.weights.values())).shape[1], seed=2, dtype=torch.float64))
 
-    report = quantize(model, [x], Method("shifted", weight=fine, transform=shift))
+    report = quantize(model, [x], Method("shifted", weight=fine, transform=shift, online=True))
     assert report.blocks[0].folded == {"0": False, "2": False, "4": False}
     assert all(isinstance(m.transform, Shift) for m in model.modules() if isinstance(m, QLinear))
     assert torch.allclose(model(x), before, rtol=1e-6, atol=1e-6)
@@ -499,16 +501,36 @@ def test_progress_is_told_after_every_block():
     assert told == [("quantize", 1, 2), ("quantize", 2, 2)]
 
 
-def test_site_error_puts_the_weights_back():
-    from planish.quant.sites import Calls
+class Pair(nn.Module):
+    """Two layers that read one input, as keys and values do."""
 
-    model, x = mlp(), noise(9, C)
-    _, sites, _ = lines(model, [x])
-    calls = Calls(model, [((x,), {})], [model(x)])
-    before = model[2].weight.clone()
-    assert calls.error() == 0
-    moved = sites[1].error({"2": before * 1.5}, calls)
-    assert moved > 0 and torch.equal(model[2].weight, before) and calls.error() == 0
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.a(y) * self.b(y)
+
+
+def test_site_error_of_one_layer_is_its_output_error_and_of_several_that_of_their_module():
+    model, x = nn.Sequential(Pair(), nn.Linear(C, C)), noise(9, C)
+    block, sites, _ = lines(model, [x])
+    measure(block, sites)
+    grid = Affine(3, 16)
+    assert [list(s.consumers) for s in sites] == [["0.a", "0.b"], ["1"]]
+    for site, module in zip(sites, (model[0], model[1]), strict=True):
+        judge = SiteError(site, tokens=9)
+        given = x if module is model[0] else model[0](x)
+        target, before = module(given), copy.deepcopy(model.state_dict())
+        found = judge.of(rtn(bits=3, group_size=16), None)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())  # the weights are put back
+        twin = copy.deepcopy(module)
+        for part in twin.modules():
+            if isinstance(part, nn.Linear):
+                part.weight.data = grid.fake(part.weight.data)
+        gap = (twin(given) - target).square()
+        assert found == pytest.approx(gap.mean().item() if module is model[0] else gap.sum(-1).mean().item(), rel=1e-4)
 
 
 def test_process_can_be_told_to_trust_folds():

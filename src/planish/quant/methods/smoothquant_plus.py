@@ -33,7 +33,7 @@ Reference:
     https://arxiv.org/abs/2312.03788
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ from planish._support import bad
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
 from planish.quant.plans import SearchAlpha
+from planish.quant.rounding import Clip, Nearest
 from planish.quant.sites import Site
 from planish.quant.transforms import Scale, Transform
 
@@ -106,7 +107,9 @@ class Smooth:
         alive = (act > 0) & (weight > 0)
         scale = act.clamp(min=1e-5) ** alpha / weight.clamp(min=1e-5) ** (1 - alpha)  # step 2
         scale = torch.where(alive, scale.clamp(min=1e-5), 1.0)
-        if self.act_stat != "absmax" or self.weight_stat != "absmax":  # keep the folded weights in the middle of their range
+        if (
+            self.act_stat != "absmax" or self.weight_stat != "absmax"
+        ):  # keep the folded weights in the middle of their range
             scale = torch.where(alive, scale / (scale[alive].amax() * scale[alive].amin()).sqrt(), 1.0)
         return scale
 
@@ -133,8 +136,9 @@ def smoothquant_plus(
     scale_dtype: str = "float16",
     granularity: str = "model",
     objective: str = "hidden_mse",
-    act_stat: str = "absmax",
-    weight_stat: str = "absmax",
+    act_stat: str | None = None,
+    weight_stat: str | None = None,
+    clip: bool | None = None,
 ) -> Method:
     """Smooth, then round to nearest: the paper's method.
 
@@ -148,8 +152,10 @@ def smoothquant_plus(
         granularity: What has its own alpha: "model" (the paper), "kind" of layer, or "layer". Each finer level starts
             from the one above and is kept only where the whole model's loss falls.
         objective: Loss of the search: "hidden_mse" (default), "kl" or "nll"; see `planish.quant.search`.
-        act_stat: See `Smooth`.
-        weight_stat: See `Smooth`.
+        act_stat: See `Smooth`; default "absmax" with one alpha for the model, as published, else "rms".
+        weight_stat: See `Smooth`; default "absmax" with one alpha for the model, as published, else
+            "group_normalized".
+        clip: Shrink the ranges of groups to the least weighted error; default only with a finer granularity.
 
     Returns:
         The method.
@@ -162,9 +168,16 @@ def smoothquant_plus(
         0.5
     """
     grid = Affine(bits, group_size, symmetric, ragged, scale_dtype)
+    published = granularity == "model"
+    smooth = Smooth(
+        0.5,
+        act_stat=act_stat or ("absmax" if published else "rms"),
+        weight_stat=weight_stat or ("absmax" if published else "group_normalized"),
+    )
+    step = Clip() if (not published if clip is None else clip) else Nearest()
     if alpha == "search":
         plan = SearchAlpha(granularity=granularity, objective=objective)
-        return Method("smoothquant+", grid, plan=plan, transform=Smooth(0.5, act_stat, weight_stat))
+        return Method("smoothquant+", grid, plan=plan, transform=smooth, round=step)
     if isinstance(alpha, str) or not 0 <= alpha <= 1:
         raise bad("smoothquant_plus", "alpha", "a float in [0, 1] or 'search'", alpha)
-    return Method("smoothquant+", grid, transform=Smooth(float(alpha), act_stat, weight_stat))
+    return Method("smoothquant+", grid, transform=replace(smooth, alpha=float(alpha)), round=step)
