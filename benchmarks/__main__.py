@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import logging
+import signal
+import sys
 
 from benchmarks import harness
 
@@ -18,6 +20,8 @@ def main() -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
+    # Leave through Python when told to end, so that the driver under way is ended too and not left behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     against = None if args.against is None else tuple(a for a in args.against.split(",") if a != "none")
     skipped: dict[str, str] = {}

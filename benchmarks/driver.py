@@ -123,8 +123,14 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[s
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the installed versions of `packages`, and Python's."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    """Return the installed versions of `packages`, and Python's; what runs from its sources has none."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "from source"
+    return found
 
 
 def main(quantize: Quantize, packages: Sequence[str], methods: Sequence[str]) -> None:
@@ -148,6 +154,7 @@ def main(quantize: Quantize, packages: Sequence[str], methods: Sequence[str]) ->
     )
     tokens = load_file(args.tokens)["input_ids"]
     model = load_model(args.model)
+    names = list(targets(model))
     # Copied only when asked for: the copy would sit in the resident size of a run that measures cost.
     before = float_parameters(model) if args.out else {}
     torch.manual_seed(0)
@@ -171,7 +178,7 @@ def main(quantize: Quantize, packages: Sequence[str], methods: Sequence[str]) ->
         "process_peak": process_peak_bytes(),
         "threads": torch.get_num_threads(),
         "tokens": tokens.numel(),
-        "changed": len(written),
+        "left_float": [name for name in names if f"{name}.weight" not in written] if args.out else None,
         "versions": versions(("torch", "transformers", *packages)),
     }
     print(json.dumps(line), flush=True)

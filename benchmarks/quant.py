@@ -27,6 +27,7 @@ UNITS = {
     "similarity": "absolute error",
     "rank": "Spearman",
 }
+UNUSED = "pooler."  # an encoder's head for next-sentence prediction, which its sentence embeddings do not pass
 COMPARED = {False: ("nll", "kl"), True: ("cosine", "hidden")}
 
 
@@ -120,6 +121,11 @@ def _case(
             )
         except RuntimeError as error:  # one subject that fails is told of, and does not lose the others' hours
             skipped[f"{name} on {case.name}"] = str(error)
+            continue
+        used = [n for n in line["left_float"] if not n.startswith(UNUSED)]
+        if used:  # a subject that leaves layers alone would win unfairly
+            skipped[f"{name} on {case.name}"] = f"it left {len(used)} linears in float, {used[0]} first"
+            del results[name]
             continue
         yield from _absolute(case, name, results[name], NOTES.get(name, ""))
         yield Row(case.name, name, "quantizing", line["seconds"], "s")

@@ -130,12 +130,14 @@ def run(
 
 
 def _sources(subject: Subject) -> str:
-    """Fingerprint the code a subject's result depends on: our rooms for ours, driver and pins for a rival."""
+    """Fingerprint the code a subject's result depends on: its rooms for ours, the pins for a rival."""
     driver = ROOT / Path(*subject.driver.split(".")).with_suffix(".py")
     if subject.ours:
         import planish  # noqa: PLC0415
 
-        files = sorted(Path(planish.__file__).parent.rglob("*.py"))
+        package = Path(planish.__file__).parent
+        rooms = [path for room in ("quant", "linalg") for path in sorted((package / room).rglob("*.py"))]
+        files = [package / "_support.py", *rooms]
     else:
         files = [ROOT / "benchmarks" / name for name in ("rivals.txt", "rivals-nodeps.txt")]
     digest = sha256()
