@@ -31,12 +31,21 @@ def write_report(directory: Path, report: Json) -> Path:
     Raises:
         OSError: The directory cannot be written.
     """
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, content in (("report.json", text), ("report.html", render(json.loads(text)))):
         partial = directory / f".{name}.partial"
         partial.write_text(content, encoding="utf-8")
         partial.replace(directory / name)
     return directory / "report.html"
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (JSON)
+    """Return JSON in which what is not a finite number is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render(report: Json) -> str:
