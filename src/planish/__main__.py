@@ -141,7 +141,9 @@ def demo(
         for name, text in sample["texts"].items():
             console.print(f"  [bold]{name:<6}[/bold] {_plain(' '.join(text.split()))}", highlight=False)
     told = (
-        "lossless: its interval contains zero" if found.evaluations[show.OURS].lossless else "its loss is that of the table"
+        "lossless: its interval contains zero"
+        if found.evaluations[show.OURS].lossless
+        else "its loss is that of the table"
     )
     console.print(f"\n{show.OURS}: {told}; intervals are of 95 %.")
     console.print(f"checkpoint {found.checkpoint}\nreport     {found.page}", soft_wrap=True, highlight=False)
@@ -153,7 +155,9 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to be written; it must not exist yet.")],
     method: Annotated[str, typer.Option(help="best, smoothquant+, awq, gptq or rtn.")] = "best",
     bits: Annotated[int, typer.Option(help="Bits of a weight.")] = 4,
-    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; if not given, 128, 64 or 32.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale; if not given, 128, 64 or 32.")
+    ] = None,
     data: Annotated[str, typer.Option(help="A text file, or auto: Python's own language reference.")] = "auto",
     tokens: Tokens = 32768,
     eval_tokens: Annotated[int, typer.Option(min=0, help="Tokens of other text to be judged on; 0 for none.")] = 8192,

@@ -102,10 +102,10 @@ def demo(out: Path, *, say: Callable[[str], None], progress: Progress) -> Demo:
     discard(out)
     planish.save(models[OURS], out, tokenizer=tokenizer, report=reports[OURS])
     report = {
+        **reports[OURS].to_json(),
         "model": source.name.rpartition("-")[0],
         "planish": planish.__version__,
         "subject": OURS,
-        "quantization": reports[OURS].to_json(),
         "evaluations": {name: entry.to_json() for name, entry in evaluations.items()},
         "data": {
             "calibrated_on": {"text": read.name, "tokens": texts.count(fitted)},

@@ -117,10 +117,10 @@ def run(job: Job, *, say: Callable[[str], None], progress: Progress) -> Done:
     del model, weights
     shutil.rmtree(journal.path)
     whole: dict[str, Any] = {
+        **report.to_json(),
         "model": job.name,
         "planish": planish.__version__,
         "subject": job.method,
-        "quantization": report.to_json(),
         "data": data,
         "machine": {"threads": torch.get_num_threads(), "device": job.device},
     }
