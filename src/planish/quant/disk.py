@@ -49,7 +49,6 @@ class SafetensorsWeights:
     """
 
     def __init__(self, path: str | Path, model: nn.Module) -> None:
-        self._homes: dict[int, list[tuple[nn.Module, str]]] = {}  # of each tied parameter, by identity on meta
         spans = files.find_tensors(Path(path))
         for module in model.modules():
             for name, buffer in module._buffers.items():
@@ -65,10 +64,13 @@ class SafetensorsWeights:
             if span.shape != tuple(wanted[name].shape):
                 sizes = f"must have shape {list(wanted[name].shape)}; got {list(span.shape)}"
                 raise CheckpointError(f"`{span.path.name}`, `{names[name]}` {sizes}.", "shape")
+        homes: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    self._homes.setdefault(id(parameter), []).append((module, name))
+                    homes.setdefault(id(parameter), []).append((module, name))
+        # only of tied parameters: whatever is held here keeps its weights in memory
+        self._tied = {(id(m), n): group for group in homes.values() if len(group) > 1 for m, n in group}
 
     def load(self, module: nn.Module, name: str, *, recurse: bool = True) -> None:
         """Read the parameters and buffers of the submodule `name` that are on the meta device."""
@@ -83,11 +85,7 @@ class SafetensorsWeights:
                 if last in part._buffers:
                     part._buffers[last] = made
                     continue
-                parameter = nn.Parameter(made, requires_grad=False)
-                homes = self._homes.pop(id(tensor), [(part, last)])
-                for home, slot in homes:
-                    home._parameters[slot] = parameter
-                self._homes[id(parameter)] = homes
+                self._set(part, last, nn.Parameter(made, requires_grad=False))
 
     def release(self, module: nn.Module, name: str) -> None:
         """Send the parameters and persistent buffers of the submodule `name` back to the meta device."""
@@ -95,12 +93,15 @@ class SafetensorsWeights:
             part.__dict__.pop("_zeros", None)  # a quantized layer's unpacked zero points
             for last, parameter in part._parameters.items():
                 if parameter is not None:
-                    homes = self._homes.pop(id(parameter), [])
-                    part._parameters[last] = meta = nn.Parameter(parameter.to("meta"), requires_grad=False)
-                    self._homes[id(meta)] = [home for home in homes if home != (part, last)] + [(part, last)]
+                    self._set(part, last, nn.Parameter(parameter.to("meta"), requires_grad=False))
             for last, buffer in part._buffers.items():
                 if buffer is not None and last not in part._non_persistent_buffers_set:
                     part._buffers[last] = buffer.to("meta")
+
+    def _set(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """Put a parameter into a module, and wherever else it is tied to."""
+        for home, slot in self._tied.get((id(module), name), [(module, name)]):
+            home._parameters[slot] = parameter
 
 
 def open_model(path: str | Path) -> tuple[nn.Module, SafetensorsWeights | None]:

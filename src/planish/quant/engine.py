@@ -302,6 +302,7 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
             round_off(block.module, block.stored, but=frozenset(block.finished))
         else:
             clean = entry.clean
+        del sites  # they hold the block's float layers
         hidden = list(block.run(hidden))
         entry.finish(block, clean, hidden)
         settle(block)

@@ -210,7 +210,7 @@ class Affine(Format):
         scale = q.scale.to(torch.promote_types(q.scale.dtype, torch.float32))
         grouped, channels = self._grouped(q.codes.to(scale.dtype))
         zero = scale.new_full((), self.middle) if q.zero is None else q.zero.to(scale.dtype)[..., None]
-        return ((grouped - zero) * scale[..., None]).flatten(-2)[..., :channels]
+        return grouped.sub_(zero).mul_(scale[..., None]).flatten(-2)[..., :channels]  # of a copy: codes are integers
 
 
 @dataclass(frozen=True)
