@@ -58,11 +58,12 @@ def save(
     Example:
         >>> import tempfile, torch
         >>> from planish.quant import load, quantize, rtn, save
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = make()
         >>> _ = quantize(model, [torch.randn(4, 64)], rtn(group_size=32))
         >>> with tempfile.TemporaryDirectory() as home:
         ...     layout = save(model, home + "/small")
-        ...     twin = load(home + "/small", into=torch.nn.Sequential(torch.nn.Linear(64, 8)))
+        ...     twin = load(home + "/small", into=make())
         >>> layout, torch.equal(twin(torch.ones(1, 64)), model(torch.ones(1, 64)))
         ('planish', True)
     """
