@@ -319,3 +319,33 @@ def test_a_config_that_would_build_for_ever(tmp_path):
             load(tmp_path / "bad")
         assert caught.value.reason == reason, key
         shutil.rmtree(tmp_path / "bad")
+
+
+def hub_model():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    net = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**sizes, vocab_size=8))
+    for name in ("q_proj", "o_proj"):
+        dense = getattr(net.model.layers[0].self_attn, name)
+        setattr(net.model.layers[0].self_attn, name, QLinear.of(Affine(4, 32).encode(dense.weight.detach())))
+    return net
+
+
+def test_damaged_configs_of_transformers(tmp_path):
+    """Without a manifest, so that every mutation reaches the builder: refused, or a model of the file's own tensors."""
+    net = hub_model()
+    save(net, tmp_path / "m")
+    (tmp_path / "m" / "planish.json").unlink()
+    raw = (tmp_path / "m" / "config.json").read_bytes()
+    whole = content(net)
+    refused = 0
+    for seed in range(200):
+        (tmp_path / "m" / "config.json").write_bytes(json_mutation(raw, random.Random(seed)))
+        began = time.perf_counter()
+        try:
+            assert same(content(load(tmp_path / "m")), whole), seed
+        except CheckpointError:
+            refused += 1
+        assert time.perf_counter() - began < PATIENCE, seed
+    assert refused > 40

@@ -15,6 +15,8 @@ from planish._support import CheckpointError, require
 from planish.quant import checkpoint, schemes
 from planish.quant.layers import QLinear
 
+__all__ = ["PlanishConfig", "PlanishQuantizer"]
+
 _why = "planish.plugins.transformers"
 _quantizers = require("transformers.quantizers", "transformers", _why)
 _auto = require("transformers.quantizers.auto", "transformers", _why)

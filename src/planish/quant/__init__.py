@@ -10,7 +10,6 @@ from planish.quant.checkpoint import inspect, load, save
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.evaluation import Evaluation, compare, evaluate
-from planish.quant.export import export
 from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
 from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
@@ -21,6 +20,7 @@ from planish.quant.methods.rtn import rtn
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
 from planish.quant.report import Report
 from planish.quant.search import search
+from planish.quant.transcode import export
 
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": rtn,

@@ -6,6 +6,7 @@ Layers that stock engines know (an `Affine` weight, every transform folded) are 
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,12 @@ def save(
     Example:
         >>> import tempfile, torch
         >>> from planish.quant import load, quantize, rtn, save
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = make()
         >>> _ = quantize(model, [torch.randn(4, 64)], rtn(group_size=32))
         >>> with tempfile.TemporaryDirectory() as home:
         ...     layout = save(model, home + "/small")
-        ...     twin = load(home + "/small", into=torch.nn.Sequential(torch.nn.Linear(64, 8)))
+        ...     twin = load(home + "/small", into=make())
         >>> layout, torch.equal(twin(torch.ones(1, 64)), model(torch.ones(1, 64)))
         ('planish', True)
     """
@@ -221,8 +223,13 @@ def _skeleton(checkpoint: Checkpoint) -> nn.Module:
         raise CheckpointError(f"`config.json`: transformers has no architecture {names[0]!r:.60}.", "unsupported")
     with _foreign("config.json"):
         made = transformers.AutoConfig.for_model(**config)
-        with accelerate.init_empty_weights(include_buffers=False):
-            model: nn.Module = builder._from_config(made)  # type: ignore[attr-defined]
+        with torch.device("meta"):
+            probe: nn.Module = builder._from_config(copy.deepcopy(made))  # type: ignore[attr-defined]
+    _check_fit(probe, checkpoint)  # sizes that the tensors confirm are safe to build
+    if sum(b.numel() for b in probe.buffers()) > _COUNTS * 256:
+        raise CheckpointError("`config.json`: the model would hold more buffers than any known one.", "range")
+    with _foreign("config.json"), accelerate.init_empty_weights(include_buffers=False):
+        model: nn.Module = builder._from_config(made)  # type: ignore[attr-defined]
     return model
 
 
@@ -249,6 +256,15 @@ def _foreign(file: str) -> Iterator[None]:
 
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's layers and tensors into a model, all checked before the first one."""
+    slots, ties = _check_fit(model, checkpoint)
+    for name, layer in checkpoint.layers.items():
+        layer.training = model.get_submodule(name).training
+        model.set_submodule(name, layer)
+    _assign(model, slots, ties, checkpoint.tensors)
+
+
+def _check_fit(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
+    """Refuse a checkpoint that is not this model's; return the model's slots outside layers, and which are tied."""
     modules = dict(model.named_modules())
     for name, layer in checkpoint.layers.items():
         check_place(name, modules.get(name), layer)
@@ -270,10 +286,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name in slots:
         if not any(other in checkpoint.tensors for other in tied.get(name, [name])):
             raise CheckpointError(f"`{name}` is missing.", "missing")
-    for name, layer in checkpoint.layers.items():
-        layer.training = modules[name].training
-        model.set_submodule(name, layer)
-    _assign(model, slots, ties, checkpoint.tensors)
+    return slots, ties
 
 
 def check_place(name: str, there: nn.Module | None, layer: QLinear) -> None:
