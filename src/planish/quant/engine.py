@@ -194,8 +194,14 @@ def process(block: Block, sites: list[Site], method: Method, *, check: bool = Tr
         transform = None if site.unseen else method.transform(site, method)
         if transform is not None:
             folded[site.kind] = fold.apply(block, transform, site, check=check, online=method.online)
+    if getattr(method.round, "sees_clean", False):
+        block.twin = Block(
+            block.name, copy.deepcopy(block.module), block.clean or block.inputs, block.context, block.keep,
+            block.first, block.device,
+        )  # fmt: skip
     for site in sites:  # 2. round: lossy
         place(block, (Nearest() if site.unseen else method.round)(site, method))
+    block.twin = None
     method.refine(block, method)  # 3. refine
     return folded
 
@@ -297,6 +303,7 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
                     f"quantize, block {block.name}: no token was sent to {', '.join(entry.unseen)}; what nothing is "
                     "known of is rounded to nearest. More batches may reach them."
                 )
+            block.clean = block.inputs
             block.inputs = hidden if method.feed == "quantized" else block.inputs
             entry.folded = process(block, sites, method)
             round_off(block.module, block.stored, but=frozenset(block.finished))

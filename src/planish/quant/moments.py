@@ -143,21 +143,47 @@ def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
         RuntimeError: No token enters the site.
     """
     total: list[Tensor] = []
-    count = [0]
-
-    def take(x: Tensor) -> None:
+    count = 0
+    for x in entering(block, site):
         if not total:
             total.append(x.new_zeros(x.shape[-1], x.shape[-1]))
         if len(x):
             total[0] += linear(x.T, x.T)
-        count[0] += len(x)
+        count += len(x)
+    if not count:
+        raise RuntimeError(f"site {site.kind}: no token enters it")
+    return total[0] / count
+
+
+def cross_gram(
+    block: Block, site: "Site", clean: Block, clean_site: "Site"
+) -> tuple[Float[Tensor, "channels channels"], Float[Tensor, "channels channels"]]:
+    """Return the means of x x' and of c x', where x enters a site and c what enters it in the float model.
+
+    Raises:
+        RuntimeError: No token enters the site, or not the same tokens in both.
+    """
+    own, mixed, count = torch.zeros(()), torch.zeros(()), 0
+    for x, c in zip(entering(block, site), entering(clean, clean_site), strict=True):
+        if x.shape != c.shape:
+            raise RuntimeError(f"site {site.kind}: other tokens enter it than in the float model")
+        own, mixed, count = own + linear(x.T, x.T), mixed + linear(c.T, x.T), count + len(x)
+    if not count:
+        raise RuntimeError(f"site {site.kind}: no token enters it")
+    return own / count, mixed / count
+
+
+def entering(block: Block, site: "Site") -> Iterator[Float[Tensor, "tokens channels"]]:
+    """Yield, batch by batch, the tokens that enter a site; what follows the site is not run."""
+    seen: list[Tensor] = []
+
+    def take(x: Tensor) -> None:
+        seen.append(x)
         if not site.split:
             raise _SeenError
 
-    with watching(site, take, block.keep):
-        for hidden, context in zip(block.inputs, block.context, strict=True):
-            with suppress(_SeenError):  # what follows the site is of no interest
-                block.call(hidden, context)
-    if not count[0]:
-        raise RuntimeError(f"site {site.kind}: no token enters it")
-    return total[0] / count[0]
+    for number, (hidden, context) in enumerate(zip(block.inputs, block.context, strict=True)):
+        with watching(site, take, block.keep[number : number + 1]), suppress(_SeenError):
+            block.call(hidden, context)
+        yield torch.cat(seen) if len(seen) != 1 else seen[0]
+        seen.clear()

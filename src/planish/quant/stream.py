@@ -42,6 +42,9 @@ class Block:
         device: Where it runs.
         stored: Precision in which each parameter and buffer is kept; half precision computes in float32 meanwhile.
         finished: Quantized layers whose dense stand-ins are in the block.
+        clean: What enters it in the float model, where `inputs` are those of the quantized one.
+        twin: The block as it was before anything was rounded, with the float model's inputs; None unless a rounding
+            step asks what the float model would have seen.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Block:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stored: dict[str, torch.dtype] = field(default_factory=dict)
     finished: dict[str, nn.Module] = field(default_factory=dict)
+    clean: list[Any] = field(default_factory=list)
+    twin: "Block | None" = None
 
     def run(self, inputs: list[Any] | None = None) -> Iterator[Tensor]:
         """Yield the block's output for each batch, on `inputs` instead of its own where they are given."""

@@ -35,9 +35,11 @@ from planish._support import bad
 from planish.quant import compensate
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
+from planish.quant.moments import cross_gram
 from planish.quant.moments import gram as collect
+from planish.quant.precision import linear
 from planish.quant.rounding import best_limits, layer_of
-from planish.quant.sites import Site
+from planish.quant.sites import Site, rebind
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Compensate:
         rounds: How often codes are improved one by one and scales solved for them, after the first pass. Default 0,
             which is GPTQ.
         sweeps: Passes over the columns in each of these rounds. Default 2.
+        correct: How much of the error that comes in with the inputs the layer makes up for, in [0, 1]: 0 (default) aims
+            at the layer's output on the inputs it gets, 1 at the float model's.
 
     Raises:
         ValueError: An argument is out of range.
@@ -65,6 +69,7 @@ class Compensate:
     clip: bool = False
     rounds: int = 0
     sweeps: int = 2
+    correct: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -72,17 +77,29 @@ class Compensate:
             raise bad("Compensate", "damping", "above 0", self.damping)
         if self.rounds < 0 or self.sweeps < 1:
             raise bad("Compensate", "rounds", "at least 0, with at least one sweep", (self.rounds, self.sweeps))
+        if not 0 <= self.correct <= 1:
+            raise bad("Compensate", "correct", "a float in [0, 1]", self.correct)
+
+    @property
+    def sees_clean(self) -> bool:
+        """Whether the step wants to see the float model's inputs beside the quantized model's."""
+        return self.correct > 0
 
     def __call__(self, site: Site, method: Method) -> dict[str, nn.Module]:
         """Round the site's weights; layers that share an input are rounded as one matrix."""
-        raw = collect(site.block, site)
-        gram = compensate.damped(raw, self.damping)
-        order = gram.diagonal().argsort(descending=True, stable=True) if self.ordered else None
         names = list(site.consumers)
         sizes = [site.weights[n].shape[0] for n in names]
         weight = torch.cat([site.weights[n].float() for n in names])
-        importance = gram.diagonal()
-        limits = best_limits(weight, method.weight, importance) if self.clip else method.weight.ranges(weight)
+        if self.correct and site.block.twin is not None and not site.split:
+            raw, mixed = cross_gram(site.block, site, site.block.twin, rebind(site, site.block.twin))
+            gram = compensate.damped(raw, self.damping)
+            # what the quantized inputs would need to give the float output: a ridge regression towards the weight
+            shift = torch.cholesky_solve((mixed - raw).T, torch.linalg.cholesky(gram)).T
+            weight = weight + self.correct * linear(weight, shift.T)
+        else:
+            gram = compensate.damped(collect(site.block, site), self.damping)
+        order = gram.diagonal().argsort(descending=True, stable=True) if self.ordered else None
+        limits = best_limits(weight, method.weight, gram.diagonal()) if self.clip else method.weight.ranges(weight)
         grid = compensate.Grid(method.weight, limits, weight.shape[1])
         codes = compensate.greedy(weight, gram, grid, order)
         for _ in range(self.rounds):
