@@ -81,7 +81,9 @@ def test_the_noise_model_predicts_what_rounding_does():
     inputs = torch.randn(2048, 512, generator=generator) * spread
     grid = Affine(4, 128)
     for alpha in (None, 0.0, 0.5):
-        scale = torch.ones(512) if alpha is None else inputs.abs().amax(0) ** alpha / weight.abs().amax(0) ** (1 - alpha)
+        scale = (
+            torch.ones(512) if alpha is None else inputs.abs().amax(0) ** alpha / weight.abs().amax(0) ** (1 - alpha)
+        )
         scaled, moved = weight * scale, inputs / scale
         measured = ((grid.fake(scaled) - scaled) @ moved.T).square().sum()
         step = grid.encode(scaled).scale.float().square().sum(0).repeat_interleave(128)
@@ -192,14 +194,23 @@ def test_finer_alphas_lose_less(record_claim):
 def test_bad_arguments():
     for make, sentence in (
         (lambda: smoothquant_plus(1.5), "smoothquant_plus: `alpha` must be a float in [0, 1] or 'search'; got 1.5."),
-        (lambda: smoothquant_plus("best"), "smoothquant_plus: `alpha` must be a float in [0, 1] or 'search'; got 'best'."),
-        (lambda: smoothquant_plus(granularity="row"), "SearchAlpha: `granularity` must be one of model, kind, layer; got 'row'."),
-        (lambda: smoothquant_plus(objective="mse"), "SearchAlpha: `objective` must be one of hidden_mse, kl, nll; got 'mse'."),
+        (
+            lambda: smoothquant_plus("best"),
+            "smoothquant_plus: `alpha` must be a float in [0, 1] or 'search'; got 'best'.",
+        ),
+        (
+            lambda: smoothquant_plus(granularity="row"),
+            "SearchAlpha: `granularity` must be one of model, kind, layer; got 'row'.",
+        ),
+        (
+            lambda: smoothquant_plus(objective="mse"),
+            "SearchAlpha: `objective` must be one of hidden_mse, kl, nll; got 'mse'.",
+        ),
         (lambda: smoothquant_plus(act_stat="p99"), "Smooth: `act_stat` must be one of absmax, mean, rms; got 'p99'."),
         (lambda: Smooth(exceptions=(("mlp", 2.0),)), "Smooth: `alpha` must be a float in [0, 1]; got 2.0."),
         (lambda: search(llama(), tokens(), []), "search: `methods` must be at least one method; got []."),
         (lambda: search(llama(), tokens(), [rtn()], drop=1), "search: `drop` must be above 1 or None; got 1."),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError) as error:
             make()
         assert str(error.value) == sentence

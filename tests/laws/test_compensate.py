@@ -11,7 +11,13 @@ from planish.quant import compensate
 from planish.quant.compensate import Grid, damped, descend, greedy, output_loss, refit
 from planish.quant.formats import Affine
 
-FORMATS = [Affine(4, 16), Affine(3, 8, symmetric=True), Affine(2, None), Affine(4, 16, ragged=True), Affine(3, 8, scale_dtype="float32")]  # fmt: skip
+FORMATS = [
+    Affine(4, 16),
+    Affine(3, 8, symmetric=True),
+    Affine(2, None),
+    Affine(4, 16, ragged=True),
+    Affine(3, 8, scale_dtype="float32"),
+]
 
 
 def problem(seed: int, rows: int = 12, channels: int = 32, tokens: int = 200):

@@ -57,7 +57,7 @@ class Grid:
         channels: C.
     """
 
-    def __init__(self, format: Affine, limits: Limits, channels: int) -> None:  # noqa: A002
+    def __init__(self, format: Affine, limits: Limits, channels: int) -> None:
         self.format = format
         self.scale, self.zero = format.scales(limits)
         self.group = torch.arange(channels, device=self.scale.device) // (format.group_size or channels)
@@ -167,7 +167,7 @@ def descend(
             part, corner, moves = pull[:, start:stop].T.contiguous(), gram[start:stop, start:stop], []
             for i in range(stop - start):
                 g, column = group[start + i], start + i
-                scale, zero = grid.scale[:, g], grid.zero[:, g]
+                scale = grid.scale[:, g]
                 old = codes[:, column]
                 new = torch.div(part[i] / diagonal[column], scale).add_(old).round_().clamp_(0, grid.top)
                 move = (new - old) * scale

@@ -275,7 +275,7 @@ def quantize(
         (1, 'QLinear')
     """
     if method is None:
-        from planish.quant.methods.best import best
+        from planish.quant.methods.best import best  # noqa: PLC0415  (methods import the engine)
 
         method = best()
     began = time.perf_counter()

@@ -120,7 +120,7 @@ class Span:
     def read(self, name: str) -> Tensor:
         """Read the tensor into fresh memory, aligned as torch aligns."""
         made = torch.empty(self.shape, dtype=self.dtype)
-        room = memoryview(made.reshape(-1).view(torch.uint8).numpy())
+        room = memoryview(made.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with _reading(self.path), self.path.open("rb") as stream:
             stream.seek(self.start)
             got = stream.readinto(room) if room.nbytes else 0

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -64,7 +65,7 @@ def widen(module: nn.Module) -> dict[str, torch.dtype]:
             tensor.data = tensor.data.float()
     for part in module.modules():
         if type(part) is nn.Linear:
-            part.__class__ = Dense
+            part.__class__ = Dense  # the same parameters, another forward
     return stored
 
 
@@ -75,13 +76,13 @@ def restore(module: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
             tensor.data = tensor.data.to(stored[name])
     for part in module.modules():
         if type(part) is Dense:
-            part.__class__ = nn.Linear
+            cast(nn.Module, part).__class__ = nn.Linear
 
 
 def round_off(
     module: nn.Module, stored: Mapping[str, torch.dtype], prefix: str = "", but: frozenset[str] = frozenset()
 ) -> None:
-    """Give what stays in float the values that it will have in its stored precision, so that no later step is surprised.
+    """Give what stays in float the values that it will have once stored, so that no later step is surprised.
 
     Args:
         module: The block, or one of its new layers.

@@ -147,7 +147,7 @@ def loss(stream: Stream, clean: list[Any], hidden: list[Any], objective: str) ->
 
 
 def _token_loss(clean: Tensor, hidden: Tensor, batch: Any, objective: str) -> tuple[float, int]:  # noqa: ANN401
-    """Sum over tokens, and their number, of one batch's logits; a few hundred rows at a time, vocabularies are large."""
+    """Sum over tokens, and their number, of one batch's logits; a few hundred rows at a time."""
     if clean.ndim != 3:
         raise bad("search", "objective", "'hidden_mse' for a model that returns no logits", objective)
     if objective == "kl":
@@ -194,4 +194,4 @@ def _features(stream: Stream, hidden: list[Any]) -> Iterator[Tensor]:
 
 
 def _squared(hidden: list[Any], clean: list[Any]) -> float:
-    return sum((h.float() - c.float()).square().sum().item() for h, c in zip(hidden, clean, strict=True))
+    return float(sum((h.float() - c.float()).square().sum().item() for h, c in zip(hidden, clean, strict=True)))

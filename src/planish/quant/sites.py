@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from planish.quant.experts import Experts, visiting_all
 from planish.quant.moments import Moments
-from planish.quant.stream import Block, first_tensor
+from planish.quant.stream import Block
 from planish.quant.transforms import Transform
 
 _FEWEST_OUTPUTS = 16

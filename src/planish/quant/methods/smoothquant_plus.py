@@ -123,7 +123,8 @@ def column_size(site: Site, grid: Affine, stat: str) -> Float[Tensor, "channels"
     size = grid.group_size or total.shape[1]
     padded = nn.functional.pad(total, (0, -total.shape[1] % size)).unflatten(1, (-1, size)).abs()
     relative = padded / padded.amax(-1, keepdim=True).clamp(min=1e-12)
-    return relative.flatten(1)[:, : total.shape[1]].mean(0)
+    size_of: Tensor = relative.flatten(1)[:, : total.shape[1]].mean(0)
+    return size_of
 
 
 def smoothquant_plus(
