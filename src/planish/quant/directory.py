@@ -168,7 +168,7 @@ def write(checkpoint: Checkpoint, layout: str, place: Path) -> None:
 
 
 def write_manifest(place: Path, sums: Mapping[str, str], method: str, layout: str) -> None:
-    """Write the checksums of tensors and of all JSON files but the report, which grows when it is judged."""
+    """Write the checksums of tensors and of all JSON files but the report, which grows when the model is judged."""
     left = {files.MANIFEST, "report.json"}
     beside: Iterable[Path] = sorted(p for p in place.iterdir() if p.suffix == ".json" and p.name not in left)
     body: dict[str, Any] = {

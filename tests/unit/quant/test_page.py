@@ -141,7 +141,8 @@ def test_nothing_sticks_out_at_any_width(page, tmp_path, width):
     inner = page.read_text(encoding="utf-8").replace("</body>", probe + "</body>")
     outer = tmp_path / "outer.html"
     listen = "<script>addEventListener('message', e => document.body.dataset.found = e.data)</script>"
-    frame = f'<iframe width="{width}" height="900" style="border:0" srcdoc="{inner.replace("&", "&amp;").replace(chr(34), "&quot;")}"></iframe>'
+    quoted = inner.replace("&", "&amp;").replace('"', "&quot;")
+    frame = f'<iframe width="{width}" height="900" style="border:0" srcdoc="{quoted}"></iframe>'
     outer.write_text(f"<!doctype html><body>{listen}{frame}</body>", encoding="utf-8")
     found = browse(outer, tmp_path, "--dump-dom", "--virtual-time-budget=3000", "--window-size=1400,1000")
     assert f'data-found="over 0 of {width}"' in found
