@@ -69,9 +69,7 @@ class Branch:
             down, up = weight[:2].float(), torch.full((weight.shape[0], 2), 0.01)
             bias = site.consumers[name].bias
             encoded = method.weight.encode(weight - up @ down)
-            made[name] = QLinear.of(
-                encoded, bias, transform=site.online, act=method.act, low_rank=(down, up)
-            )
+            made[name] = QLinear.of(encoded, bias, transform=site.online, act=method.act, low_rank=(down, up))
         return made
 
 
@@ -342,10 +340,15 @@ def test_damaged_decision_is_found_again(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    holder = "import fcntl,sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    holder = (
+        "import fcntl,sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
     interrupted(tmp_path / "j", METHODS["rtn"], 1)
     with subprocess.Popen(
-        [sys.executable, "-c", holder, tmp_path / "j" / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", holder, tmp_path / "j" / "lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as other:
         assert other.stdout.readline() == "1\n"
         with pytest.raises(RuntimeError, match="is in use by process"):
