@@ -5,6 +5,8 @@ would hide a wrong fold). Hugging Face norms and routers compute in float32 what
 are made to stay in float64, so that an exact fold shows as 1e-10 and a nearly right one does not.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -343,3 +345,22 @@ def test_the_quantized_model_is_what_the_report_speaks_of(family):
     assert [n.split(".", 3)[-1] for n in small] == ["mlp.shared_expert_gate"] * (2 if family == "Qwen2-MoE" else 0)
     if family in ("T5", "BART"):  # one stack is walked; the other is said to have stayed
         assert any(".0." in n for n in report.left_in_float) and "encoder" in " ".join(report.left_in_float)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Llama, tied", "Gemma 2", "GPT-2", "OPT", "BERT", "Mixtral"])
+def test_half_precision_models_stay_half_and_fold_as_much(family, dtype):
+    data = batches(family)
+
+    def smooth(site, method):
+        return random_scale(site, len(site.kind))
+
+    method = replace(rtn(bits=8, group_size=8), transform=smooth)
+    model, wide = build(family, dtype), build(family, dtype).float()  # the same values, stored in full
+    ours, theirs = quantize(model, data, method), quantize(wide, data, method)
+    expected = [not row.endswith("online") for row in FAMILIES[family][1]]
+    assert [list(b.folded.values()) for b in ours.blocks] == [expected] * 2
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert answer(model, data[0]).dtype == dtype
+    # what stays in half precision is rounded once more after the fold: 2**-9 of it, for bfloat16
+    assert ours.blocks[0].error == pytest.approx(theirs.blocks[0].error, rel=0.3, abs=1e-4)
