@@ -184,7 +184,8 @@ def test_finer_alphas_lose_less(record_claim):
     plant_outliers(model, batches, factor=20.0, share=0.05)
     losses = []
     for granularity in ("model", "kind", "layer"):
-        method = smoothquant_plus(group_size=32, granularity=granularity, act_stat="absmax", weight_stat="absmax", clip=False)  # fmt: skip
+        same = {"act_stat": "absmax", "weight_stat": "absmax", "clip": False}
+        method = smoothquant_plus(group_size=32, granularity=granularity, **same)
         chosen = method.plan(Walk(copy.deepcopy(model), batches), method)
         losses.append(chosen.findings["loss"])
     assert losses[1] <= losses[0] and losses[2] <= losses[1]

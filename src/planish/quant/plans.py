@@ -20,8 +20,8 @@ class SearchAlpha:
     """Search the strength of smoothing on the loss of the whole model, from coarse to fine.
 
     One alpha for the model comes from the full grid. "kind" then gives each kind of layer (queries with keys and
-    values, outputs, ...) its own, one kind after another. "layer" proposes an alpha for every single site by the error of the
-    module around it, and takes the proposals, kind by kind, where the whole model gains.
+    values, outputs, ...) its own, one kind after another. "layer" proposes an alpha for every single site by the error
+    of the module around it, and takes the proposals, kind by kind, where the whole model gains.
 
     Args:
         granularity: "model" (the paper, default), "kind" or "layer".
