@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import signal
 import sys
 
@@ -20,6 +21,10 @@ def main() -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
+    if os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | harness.REUSE_MEMORY
+        )
     # Leave through Python when told to end, so that the driver under way is ended too and not left behind.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")

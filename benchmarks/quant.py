@@ -16,6 +16,7 @@ from benchmarks import data, quality
 from benchmarks.driver import load_model, targets
 from benchmarks.harness import Row
 from benchmarks.subjects import NOTES, Case, Subject, chosen, scored, unable
+from planish.quant.precision import widen
 
 LANGUAGE, ENCODER = "SmolLM2-135M", "MiniLM-L6"
 UNITS = {
@@ -60,6 +61,7 @@ class Bench:
         shape = (count * length // short, short) if encoder else (count, length)
         self.evaluation = data.windows(self.path, *shape, evaluation=True)
         self.model: nn.Module = load_model(self.path)
+        widen(self.model)  # the quickest dense kernel for all that is scored
         self.widths = {linear.in_features for linear in targets(self.model).values()}
         self.hidden = quality.hidden_states(self.model, self.evaluation.ids)
 

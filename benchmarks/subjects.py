@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import data
-from benchmarks.harness import ROOT, write_json
+from benchmarks.harness import REUSE_MEMORY, ROOT, write_json
 
 logger = logging.getLogger("benchmarks")
 
@@ -121,7 +121,7 @@ def run(
     command += ["--group-size", str(case.group_size or 0), "--iters", str(subject.iters), "--threads", str(threads)]
     command += ["--symmetric"] if subject.symmetric else []
     command += ["--out", str(out)] if out else []
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | REUSE_MEMORY | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
