@@ -19,19 +19,23 @@ def main() -> None:
     parser.add_argument(
         "--against", help="only these rivals, comma-separated (part of a name is enough); `none` for none"
     )
+    parser.add_argument("--only", help="only these subjects, ours or not, comma-separated full names; keeps no rows")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
     if os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
-        os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | harness.REUSE_MEMORY
-        )
+        again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
+        os.execve(sys.executable, again, os.environ | harness.REUSE_MEMORY)
     # Leave through Python when told to end, so that the driver under way is ended too and not left behind.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     against = None if args.against is None else tuple(a for a in args.against.split(",") if a != "none")
     skipped: dict[str, str] = {}
     module = importlib.import_module(f"benchmarks.{args.name}")
-    rows = list(module.rows(args.quick, against=against, fresh=args.fresh, skipped=skipped))
+    only = None if args.only is None else tuple(args.only.split(","))
+    rows = list(module.rows(args.quick, against=against, only=only, fresh=args.fresh, skipped=skipped))
+    if only is not None:  # a part, to fill the cache: the whole is what is published
+        harness.show(rows)
+        return
     path = harness.save(args.name, rows, quick=args.quick, skipped=skipped)
     harness.show(rows)
     for subject, reason in skipped.items():

@@ -32,13 +32,19 @@ def _measured(line: dict[str, float]) -> dict[str, float]:
 
 
 def rows(
-    quick: bool, *, against: tuple[str, ...] | None = None, fresh: bool = False, skipped: dict[str, str] | None = None
+    quick: bool,
+    *,
+    against: tuple[str, ...] | None = None,
+    only: tuple[str, ...] | None = None,
+    fresh: bool = False,
+    skipped: dict[str, str] | None = None,
 ) -> Iterator[Row]:
     """Yield minimum, median and ratio to llm-compressor's AWQ of each subject's costs; nothing is read from a cache.
 
     Args:
         quick: One round on few tokens.
         against: Only rivals whose name holds one of these; None for all.
+        only: Only the subjects with these names; None for all.
         fresh: Taken for the sake of one signature; a cost is always measured anew.
         skipped: Filled with who could not run, and why.
     """
@@ -51,7 +57,7 @@ def rows(
     tokens = data.cache_dir() / f"cost-{calibration.fingerprint}.tokens"
     save_file({"input_ids": calibration.ids}, tokens)
     subjects: dict[str, Subject] = {}
-    for name, subject in chosen(against).items():
+    for name, subject in chosen(against, only).items():
         reason = unable(subject, case, set(), encoder=False)
         if name in COMPARED and reason is None:
             subjects[name] = subject

@@ -135,19 +135,25 @@ def _case(
 
 
 def rows(
-    quick: bool, *, against: tuple[str, ...] | None = None, fresh: bool = False, skipped: dict[str, str] | None = None
+    quick: bool,
+    *,
+    against: tuple[str, ...] | None = None,
+    only: tuple[str, ...] | None = None,
+    fresh: bool = False,
+    skipped: dict[str, str] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of all cases.
 
     Args:
         quick: Few tokens, one grid, few subjects: that it runs, not what it says.
         against: Only rivals whose name holds one of these; None for all.
+        only: Only the subjects with these names; None for all.
         fresh: Do not use what an earlier run left in the cache.
         skipped: Filled with who could not enter which case, and why.
     """
     skipped = {} if skipped is None else skipped
     size = QUICK if quick else FULL
-    subjects = {n: s for n, s in chosen(against).items() if size.subjects is None or n in size.subjects}
+    subjects = {n: s for n, s in chosen(against, only).items() if size.subjects is None or n in size.subjects}
     with torch.inference_mode():
         for encoder, model in ((False, LANGUAGE), (True, ENCODER)):
             bench = Bench(size, encoder=encoder)

@@ -83,9 +83,14 @@ NOTES: Mapping[str, str] = {
 }
 
 
-def chosen(against: tuple[str, ...] | None) -> dict[str, Subject]:
-    """Return ours and the rivals whose names hold one of `against` (all of them for None)."""
-    keep = lambda name, s: s.ours or against is None or any(part in name for part in against)  # noqa: E731
+def chosen(against: tuple[str, ...] | None, only: tuple[str, ...] | None = None) -> dict[str, Subject]:
+    """Return ours and the rivals whose names hold one of `against` (all for None), or just those named in `only`."""
+
+    def keep(name: str, subject: Subject) -> bool:
+        if only is not None:
+            return name in only
+        return subject.ours or against is None or any(part in name for part in against)
+
     return {name: subject for name, subject in SUBJECTS.items() if keep(name, subject)}
 
 

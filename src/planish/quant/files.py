@@ -285,7 +285,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Raises:
         CheckpointError: A tensor's dtype is not one that safetensors knows.
     """
-    # Whole cache lines first, then by width: mapped matrices are aligned as allocated ones, and so sum to the same bits.
+    # Whole cache lines first, then by width: mapped matrices lie as allocated ones do and so sum to the same bits.
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % 64 > 0, -tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
