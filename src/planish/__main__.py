@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from planish import __version__
-from planish._support import PlanishWarning, bad
+from planish._support import PlanishWarning, bad, keep_memory
 
 app = typer.Typer(
     name="planish",
@@ -336,6 +336,7 @@ def _table(evaluations: Mapping[str, Any], runs: Mapping[str, Any]) -> Table:
 
 def main() -> None:
     """Run the command line."""
+    keep_memory()
     app()
 
 
