@@ -234,7 +234,7 @@ def digest_file(path: Path) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
+    return flat.numpy().data
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -285,7 +285,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Raises:
         CheckpointError: A tensor's dtype is not one that safetensors knows.
     """
-    # Whole cache lines first, then by width: mapped matrices are aligned as allocated ones are, and so sum to the same bits.
+    # Whole cache lines first, then by width: mapped matrices lie aligned, as allocated ones do, and sum to the same bits.
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % 64 > 0, -tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
