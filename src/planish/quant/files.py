@@ -120,7 +120,7 @@ class Span:
     def read(self, name: str) -> Tensor:
         """Read the tensor into fresh memory, aligned as torch aligns."""
         made = torch.empty(self.shape, dtype=self.dtype)
-        room = memoryview(made.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        room = made.reshape(-1).view(torch.uint8).numpy().data
         with _reading(self.path), self.path.open("rb") as stream:
             stream.seek(self.start)
             got = stream.readinto(room) if room.nbytes else 0
@@ -234,7 +234,7 @@ def digest_file(path: Path) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
+    return flat.numpy().data
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -285,7 +285,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Raises:
         CheckpointError: A tensor's dtype is not one that safetensors knows.
     """
-    # Whole cache lines first, then by width: mapped matrices lie as allocated ones do and so sum to the same bits.
+    # Whole cache lines first, then by width: mapped matrices lie aligned, as allocated ones do, and give the same bits.
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % 64 > 0, -tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
