@@ -125,7 +125,7 @@ def greedy(
             if i + 1 < stop - start:
                 part[i + 1 :].addr_(corner[i, i + 1 :], error, alpha=-1)
             errors.append(error)
-        work[:, stop:] -= linear(torch.stack(errors, 1), upper[start:stop, stop:].T)
+        work[:, stop:] -= torch.stack(errors, 1) @ upper[start:stop, stop:]
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result
@@ -174,7 +174,7 @@ def descend(
                 part.addr_(corner[i], move, alpha=-1)
                 codes[:, column] = new
                 moves.append(move)
-            pull -= linear(torch.stack(moves, 1), gram[:, start:stop])
+            pull -= torch.stack(moves, 1) @ gram[start:stop]
     return codes
 
 

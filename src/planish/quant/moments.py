@@ -148,7 +148,7 @@ def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
         if not total:
             total.append(x.new_zeros(x.shape[-1], x.shape[-1]))
         if len(x):
-            total[0] += linear(x.T, x.T)
+            total[0] += _outer(x, x)
         count += len(x)
     if not count:
         raise RuntimeError(f"site {site.kind}: no token enters it")
@@ -167,10 +167,15 @@ def cross_gram(
     for x, c in zip(entering(block, site), entering(clean, clean_site), strict=True):
         if x.shape != c.shape:
             raise RuntimeError(f"site {site.kind}: other tokens enter it than in the float model")
-        own, mixed, count = own + linear(x.T, x.T), mixed + linear(c.T, x.T), count + len(x)
+        own, mixed, count = own + _outer(x, x), mixed + _outer(c, x), count + len(x)
     if not count:
         raise RuntimeError(f"site {site.kind}: no token enters it")
     return own / count, mixed / count
+
+
+def _outer(a: Float[Tensor, "tokens channels"], b: Float[Tensor, "tokens channels"]) -> Tensor:
+    """Return a' b."""
+    return linear(a.T.contiguous(), b.T.contiguous())
 
 
 def entering(block: Block, site: "Site") -> Iterator[Float[Tensor, "tokens channels"]]:
