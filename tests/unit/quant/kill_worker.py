@@ -107,7 +107,7 @@ def main() -> None:
             "blocks": sum(n.startswith("block") and n.endswith("json") for n in left),
             "searching": any(n.startswith("search") for n in left),
         })  # fmt: skip
-    print(json.dumps({"seconds": seconds, "repeatable": same, "runs": told}))
+    sys.stdout.write(json.dumps({"seconds": seconds, "repeatable": same, "runs": told}) + "\n")
 
 
 main()

@@ -77,11 +77,11 @@ def main() -> None:
     assembling = peak(lambda: assemble(journal, model, home / "out-24"))
     block = sum(p.numel() * p.element_size() for p in LlamaForCausalLM(model.config).model.layers[0].parameters())
     rest = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".layers." not in n)
-    print(json.dumps({
+    sys.stdout.write(json.dumps({
         "block": block, "blocks": 24, "rest": rest, "inputs": sum(t.numel() for t in tokens) * 512 * 4,
         "quantizing": quantizing, "assembling": assembling,
         "written": sum(p.stat().st_size for p in (home / "out-24").iterdir()),
-    }))  # fmt: skip
+    }) + "\n")  # fmt: skip
 
 
 main()

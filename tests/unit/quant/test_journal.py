@@ -273,7 +273,7 @@ def test_threads_are_part_of_the_run(tmp_path):
     interrupted(tmp_path / "j", METHODS["rtn"], 1)
     try:
         torch.set_num_threads(threads + 1)
-        with pytest.raises(ValueError, match="differs in machine .*'threads'"):
+        with pytest.raises(ValueError, match=r"differs in machine .*'threads'"):
             quantize(net(), batches(), METHODS["rtn"], journal=Journal(tmp_path / "j"))
     finally:
         torch.set_num_threads(threads)
@@ -290,7 +290,7 @@ def test_damaged_header_is_refused(tmp_path):
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_directory_with_other_files_is_refused(tmp_path, fresh):
     (tmp_path / "thesis.txt").write_text("do not lose")
-    with pytest.raises(ValueError, match="`path` must be an empty directory or a journal; got .*thesis.txt"):
+    with pytest.raises(ValueError, match=r"`path` must be an empty directory or a journal; got .*thesis.txt"):
         quantize(net(), batches(), METHODS["rtn"], journal=Journal(tmp_path, fresh=fresh))
     assert (tmp_path / "thesis.txt").read_text() == "do not lose"
 
@@ -401,7 +401,7 @@ def test_writes_that_the_kernel_refuses(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # the header fits, a block does not
     try:
-        with pytest.raises(CheckpointError, match="block-00000.safetensors` cannot be written: File too large"):
+        with pytest.raises(CheckpointError, match=r"block-00000.safetensors` cannot be written: File too large"):
             quantize(net(), batches(), METHODS["rtn"], journal=Journal(tmp_path / "j"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -412,7 +412,7 @@ def test_writes_that_the_kernel_refuses(tmp_path):
 
 def test_place_that_cannot_be_a_directory(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: (Not a directory|File exists)"):
         quantize(net(), batches(), METHODS["rtn"], journal=Journal(tmp_path / "file"))
 
 
