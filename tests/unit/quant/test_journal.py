@@ -102,7 +102,7 @@ class StopError(Exception):
 
 def stop_after(blocks, stage="quantize"):
     def progress(at, done, total):
-        if at == stage and done == blocks:
+        if at.startswith(stage) and done == blocks:
             raise StopError
 
     return progress
