@@ -25,7 +25,7 @@ from planish.quant.precision import Dense, restore, round_off
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
 from planish.quant.sites import Site, find_sites, is_linear, rebind, stays_float, weight_of
-from planish.quant.stream import Block, Stream, Weights
+from planish.quant.stream import Block, Stream, Weights, tensors_in
 from planish.quant.transforms import Transform
 
 logger = logging.getLogger("planish")
@@ -158,6 +158,19 @@ class Walk:
         self.journal = journal
         self.progress = progress or (lambda stage, done, total: None)
         self.known: dict[Any, list[Site]] = {}
+
+    def first(self, tokens: int) -> "Walk":
+        """Return the same walk over the first batches only, as many as hold `tokens` tokens or rows."""
+        chosen, seen = [], 0
+        for batch in self.stream.batches:
+            if seen >= tokens:
+                break
+            chosen.append(batch)
+            data = next(tensors_in(batch))
+            seen += data.numel() // data.shape[-1] if data.is_floating_point() else data.numel()
+        part = copy.copy(self)
+        part.stream = Stream(self.model, chosen, device=self.stream.device, weights=self.stream.weights)
+        return part
 
     def skipped(self, block: str) -> Callable[[str], bool]:
         """Return the test of names in a block: True for layers that stay in float."""

@@ -29,7 +29,7 @@ class SearchAlpha:
         steps: Points of the grid over [0, 1]; default 21, as published.
         drop: Give up an alpha whose error in some block is this many times the least; None follows all to the end, as
             published.
-        tokens: How many tokens a proposal for a layer looks at; default 2048.
+        tokens: How many of the calibration tokens the search runs on, at the least; default 4096.
 
     Raises:
         ValueError: An argument is out of range.
@@ -43,7 +43,7 @@ class SearchAlpha:
     objective: str = "hidden_mse"
     steps: int = 21
     drop: float | None = None
-    tokens: int = 2048
+    tokens: int = 4096
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -53,6 +53,8 @@ class SearchAlpha:
             raise bad("SearchAlpha", "objective", f"one of {', '.join(OBJECTIVES)}", self.objective)
         if self.steps < 2:
             raise bad("SearchAlpha", "steps", "at least 2", self.steps)
+        if self.tokens < 1:
+            raise bad("SearchAlpha", "tokens", "at least 1", self.tokens)
         if self.drop is not None and not self.drop > 1:
             raise bad("SearchAlpha", "drop", "above 1 or None", self.drop)
 
@@ -64,6 +66,7 @@ class SearchAlpha:
     def __call__(self, walk: Walk, method: Method) -> Method:
         """Return the method with the alphas that were found."""
         smooth: Any = method.transform
+        walk = walk.first(self.tokens)
         plain = replace(method, transform=no_transform)
         curve = self._compare(walk, [plain, *(self._with(method, alpha=a) for a in self.grid)], "alpha")
         findings: dict[str, Any] = {
