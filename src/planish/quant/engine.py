@@ -20,7 +20,7 @@ from planish.quant import fold
 from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format
 from planish.quant.layers import QLinear
-from planish.quant.moments import measure, token_importance
+from planish.quant.moments import measure
 from planish.quant.precision import Dense, restore, round_off
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
@@ -317,7 +317,6 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
                     "known of is rounded to nearest. More batches may reach them."
                 )
             block.clean = block.inputs
-            block.importance = token_importance(clean, block.keep)
             block.inputs = hidden if method.feed == "quantized" else block.inputs
             entry.folded = process(block, sites, method)
             round_off(block.module, block.stored, but=frozenset(block.finished))

@@ -136,76 +136,46 @@ class _SeenError(Exception):
     """Raised to leave a block once the wanted input has been seen."""
 
 
-def gram(block: Block, site: "Site", *, balanced: bool = False) -> Float[Tensor, "channels channels"]:
+def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
     """Return the mean of x x' over the tokens that enter a site, with the block as it stands now.
-
-    Args:
-        block: The block.
-        site: One of its sites.
-        balanced: Weigh tokens by the block's `importance`.
 
     Raises:
         RuntimeError: No token enters the site.
     """
-    total, count = torch.zeros(()), 0
-    for number, x in enumerate(entering(block, site)):
-        total, count = total + _outer(x, x, _weight(block, number, x, balanced)), count + len(x)
+    total: list[Tensor] = []
+    count = 0
+    for x in entering(block, site):
+        if not total:
+            total.append(x.new_zeros(x.shape[-1], x.shape[-1]))
+        if len(x):
+            total[0] += _outer(x, x)
+        count += len(x)
     if not count:
         raise RuntimeError(f"site {site.kind}: no token enters it")
-    return total / count
+    return total[0] / count
 
 
 def cross_gram(
-    block: Block, site: "Site", clean: Block, clean_site: "Site", *, balanced: bool = False
+    block: Block, site: "Site", clean: Block, clean_site: "Site"
 ) -> tuple[Float[Tensor, "channels channels"], Float[Tensor, "channels channels"]]:
     """Return the means of x x' and of c x', where x enters a site and c what enters it in the float model.
-
-    Args:
-        block: The block.
-        site: One of its sites.
-        clean: The float block.
-        clean_site: The same site in it.
-        balanced: Weigh tokens by the block's `importance`.
 
     Raises:
         RuntimeError: No token enters the site, or not the same tokens in both.
     """
     own, mixed, count = torch.zeros(()), torch.zeros(()), 0
-    for number, (x, c) in enumerate(zip(entering(block, site), entering(clean, clean_site), strict=True)):
+    for x, c in zip(entering(block, site), entering(clean, clean_site), strict=True):
         if x.shape != c.shape:
             raise RuntimeError(f"site {site.kind}: other tokens enter it than in the float model")
-        weight = _weight(block, number, x, balanced)
-        own, mixed, count = own + _outer(x, x, weight), mixed + _outer(c, x, weight), count + len(x)
+        own, mixed, count = own + _outer(x, x), mixed + _outer(c, x), count + len(x)
     if not count:
         raise RuntimeError(f"site {site.kind}: no token enters it")
     return own / count, mixed / count
 
 
-def token_importance(outputs: list[Tensor], keep: list[Tensor | None]) -> list[Tensor]:
-    """Return how much each token's error counts: inversely to the mean square of what the block makes of it.
-
-    The norm that follows divides by that size, so an error matters relative to it; a few tokens with huge hidden states
-    would otherwise own the quadratic.
-    """
-    sizes = [kept(output, mask).float().square().mean(-1) for output, mask in zip(outputs, keep, strict=True)]
-    floor = 1e-3 * torch.cat(sizes).median().clamp(min=1e-30)
-    weights = [1 / size.clamp(min=floor) for size in sizes]
-    mean = torch.cat(weights).mean()
-    return [weight / mean for weight in weights]
-
-
-def _weight(block: Block, number: int, x: Tensor, balanced: bool) -> Tensor | None:
-    if not balanced or not block.importance or len(block.importance[number]) != len(x):
-        return None
-    return block.importance[number]
-
-
-def _outer(
-    a: Float[Tensor, "tokens channels"], b: Float[Tensor, "tokens channels"], weight: Float[Tensor, "tokens"] | None
-) -> Tensor:
-    """Return the sum of a b' over tokens, weighted."""
-    left = a.T if weight is None else a.T * weight
-    return linear(left.contiguous(), b.T.contiguous())
+def _outer(a: Float[Tensor, "tokens channels"], b: Float[Tensor, "tokens channels"]) -> Tensor:
+    """Return a' b."""
+    return linear(a.T.contiguous(), b.T.contiguous())
 
 
 def entering(block: Block, site: "Site") -> Iterator[Float[Tensor, "tokens channels"]]:

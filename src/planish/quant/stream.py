@@ -43,7 +43,6 @@ class Block:
         stored: Precision in which each parameter and buffer is kept; half precision computes in float32 meanwhile.
         finished: Quantized layers whose dense stand-ins are in the block.
         clean: What enters it in the float model, where `inputs` are those of the quantized one.
-        importance: How much each token counts in quadratic losses, one (tokens,) a batch; empty for all alike.
         twin: The block as it was before anything was rounded, with the float model's inputs; None unless a rounding
             step asks what the float model would have seen.
     """
@@ -58,7 +57,6 @@ class Block:
     stored: dict[str, torch.dtype] = field(default_factory=dict)
     finished: dict[str, nn.Module] = field(default_factory=dict)
     clean: list[Any] = field(default_factory=list)
-    importance: list[Tensor] = field(default_factory=list)
     twin: "Block | None" = None
 
     def run(self, inputs: list[Any] | None = None) -> Iterator[Tensor]:

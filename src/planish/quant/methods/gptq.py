@@ -55,8 +55,6 @@ class Compensate:
         sweeps: Passes over the columns in each of these rounds. Default 2.
         correct: How much of the error that comes in with the inputs the layer makes up for, in [0, 1]: 0 (default) aims
             at the layer's output on the inputs it gets, 1 at the float model's.
-        balanced: Let every token's error count relative to the size of its hidden state, as the norms that follow see
-            it. Default False.
 
     Raises:
         ValueError: An argument is out of range.
@@ -72,7 +70,6 @@ class Compensate:
     rounds: int = 0
     sweeps: int = 2
     correct: float = 0.0
-    balanced: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -94,15 +91,13 @@ class Compensate:
         sizes = [site.weights[n].shape[0] for n in names]
         weight = torch.cat([site.weights[n].float() for n in names])
         if self.correct and site.block.twin is not None and not site.split:
-            raw, mixed = cross_gram(
-                site.block, site, site.block.twin, rebind(site, site.block.twin), balanced=self.balanced
-            )
+            raw, mixed = cross_gram(site.block, site, site.block.twin, rebind(site, site.block.twin))
             gram = compensate.damped(raw, self.damping)
             # what the quantized inputs would need to give the float output: a ridge regression towards the weight
             shift = torch.cholesky_solve((mixed - raw).T, torch.linalg.cholesky(gram)).T
             weight = weight + self.correct * linear(weight, shift.T)
         else:
-            gram = compensate.damped(collect(site.block, site, balanced=self.balanced), self.damping)
+            gram = compensate.damped(collect(site.block, site), self.damping)
         order = gram.diagonal().argsort(descending=True, stable=True) if self.ordered else None
         limits = best_limits(weight, method.weight, gram.diagonal()) if self.clip else method.weight.ranges(weight)
         grid = compensate.Grid(method.weight, limits, weight.shape[1])
