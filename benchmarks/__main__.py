@@ -12,6 +12,11 @@ from benchmarks import harness
 NAMES = ("quant", "cost")
 
 
+def _grid(text: str) -> tuple[int, int | None]:
+    bits, _, group = text.partition(":")
+    return int(bits), None if group == "row" else int(group)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
@@ -20,6 +25,7 @@ def main() -> None:
         "--against", help="only these rivals, comma-separated (part of a name is enough); `none` for none"
     )
     parser.add_argument("--only", help="only these subjects, ours or not, comma-separated full names; keeps no rows")
+    parser.add_argument("--grids", help="only these grids: bits:group, comma-separated, as in 4:64,3:64,4:row")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
     if os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
@@ -32,7 +38,8 @@ def main() -> None:
     skipped: dict[str, str] = {}
     module = importlib.import_module(f"benchmarks.{args.name}")
     only = None if args.only is None else tuple(args.only.split(","))
-    rows = list(module.rows(args.quick, against=against, only=only, fresh=args.fresh, skipped=skipped))
+    grids = None if args.grids is None else tuple(_grid(text) for text in args.grids.split(","))
+    rows = list(module.rows(args.quick, against=against, only=only, grids=grids, fresh=args.fresh, skipped=skipped))
     if only is not None:  # a part, to fill the cache: the whole is what is published
         harness.show(rows)
         return

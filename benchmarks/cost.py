@@ -36,6 +36,7 @@ def rows(
     *,
     against: tuple[str, ...] | None = None,
     only: tuple[str, ...] | None = None,
+    grids: tuple[tuple[int, int | None], ...] | None = None,
     fresh: bool = False,
     skipped: dict[str, str] | None = None,
 ) -> Iterator[Row]:
@@ -45,10 +46,11 @@ def rows(
         quick: One round on few tokens.
         against: Only rivals whose name holds one of these; None for all.
         only: Only the subjects with these names; None for all.
+        grids: Taken for the sake of one signature; the grid is 4 bits in groups of 64.
         fresh: Taken for the sake of one signature; a cost is always measured anew.
         skipped: Filled with who could not run, and why.
     """
-    del fresh
+    del fresh, grids
     skipped = {} if skipped is None else skipped
     shape, rounds = ((4, 128), 1) if quick else ((32, 512), 3)
     case = Case("SmolLM2-135M", 4, 64)

@@ -7,7 +7,7 @@ are bootstrapped over windows.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Size:
     subjects: tuple[str, ...] | None = None
 
 
-FULL = Size((32, 512), (32, 512), ((4, 64), (4, None), (3, 64), (3, None), (4, 128)))
+FULL = Size((16, 512), (32, 512), ((4, 64), (3, 64), (4, None), (3, None), (4, 128)))
 QUICK = Size((4, 128), (4, 128), ((4, 64),), ("rtn", "smoothquant+", "hqq"))
 
 
@@ -139,6 +139,7 @@ def rows(
     *,
     against: tuple[str, ...] | None = None,
     only: tuple[str, ...] | None = None,
+    grids: tuple[tuple[int, int | None], ...] | None = None,
     fresh: bool = False,
     skipped: dict[str, str] | None = None,
 ) -> Iterator[Row]:
@@ -148,11 +149,14 @@ def rows(
         quick: Few tokens, one grid, few subjects: that it runs, not what it says.
         against: Only rivals whose name holds one of these; None for all.
         only: Only the subjects with these names; None for all.
+        grids: Only these (bits, group size); None for all.
         fresh: Do not use what an earlier run left in the cache.
         skipped: Filled with who could not enter which case, and why.
     """
     skipped = {} if skipped is None else skipped
     size = QUICK if quick else FULL
+    if grids is not None:
+        size = replace(size, grids=grids)
     subjects = {n: s for n, s in chosen(against, only).items() if size.subjects is None or n in size.subjects}
     with torch.inference_mode():
         for encoder, model in ((False, LANGUAGE), (True, ENCODER)):
