@@ -100,9 +100,23 @@ def hidden_after(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("objective", ["hidden_mse", "kl", "nll"])
-def test_one_pass_agrees_with_quantizing_once_a_candidate(objective):
-    model, batches = llama(), tokens()
+def gemma(layers: int = 2) -> nn.Module:
+    """Norms that multiply by 1 + w, and a norm after every part of a block."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, vocab_size=97, initializer_range=0.1,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.rand_like(parameter) - 0.5)
+    return model
+
+
+@pytest.mark.parametrize(("objective", "make"), [("hidden_mse", llama), ("kl", llama), ("nll", llama), ("kl", gemma)])
+def test_one_pass_agrees_with_quantizing_once_a_candidate(objective, make):
+    model, batches = make(), tokens()
     methods = [rtn(group_size=32), *(smoothquant_plus(a, group_size=32) for a in (0.0, 0.35, 0.7, 1.0))]
     before = {n: p.clone() for n, p in model.named_parameters()}
     choice = search(model, batches, methods, objective=objective)

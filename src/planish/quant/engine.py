@@ -187,7 +187,7 @@ class Walk:
         return find_sites(block, self.skipped(block.name), self.known)
 
 
-def process(block: Block, sites: list[Site], method: Method, *, check: bool = True) -> dict[str, bool]:
+def process(block: Block, sites: list[Site], method: Method) -> dict[str, bool]:
     """Apply a method's exact steps, then its lossy ones, to one block in place.
 
     The block is left with dense layers that hold the rounded values, so that what follows runs at full speed; the
@@ -197,7 +197,6 @@ def process(block: Block, sites: list[Site], method: Method, *, check: bool = Tr
         block: The block, in float.
         sites: Its sites, with moments.
         method: The steps.
-        check: Verify folds; see `fold.apply`.
 
     Returns:
         For each site that a transform was meant for, whether it was folded.
@@ -206,7 +205,7 @@ def process(block: Block, sites: list[Site], method: Method, *, check: bool = Tr
     for site in sites:  # 1. smooth: exact
         transform = None if site.unseen else method.transform(site, method)
         if transform is not None:
-            folded[site.kind] = fold.apply(block, transform, site, check=check, online=method.online)
+            folded[site.kind] = fold.apply(block, transform, site, online=method.online)
     if getattr(method.round, "sees_clean", False):
         block.twin = Block(
             block.name, copy.deepcopy(block.module), block.clean or block.inputs, block.context, block.keep,
@@ -238,10 +237,17 @@ def settle(block: Block) -> None:
     block.finished.clear()
 
 
-def trial(block: Block, sites: list[Site], inputs: list[Tensor], method: Method, *, check: bool) -> list[Tensor]:
-    """Return what a copy of a block, quantized by `method`, makes of `inputs`; the block stays as it is."""
+def trial(block: Block, sites: list[Site], inputs: list[Tensor], method: Method) -> list[Tensor]:
+    """Return what a copy of a block, quantized by `method`, makes of `inputs`; the block stays as it is.
+
+    What the folds of a site were found to be is noted in `sites`: the next trial need not look again.
+    """
     twin = Block(block.name, copy.deepcopy(block.module), inputs, block.context, block.keep, block.first, block.device)
-    process(twin, [rebind(site, twin) for site in sites], method, check=check)
+    twin.clean = block.inputs
+    own = [rebind(site, twin) for site in sites]
+    process(twin, own, method)
+    for site, judged in zip(sites, own, strict=True):
+        site.verdict = judged.verdict
     return list(twin.run())
 
 

@@ -17,14 +17,14 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative, per token; 
 
 
 @torch.no_grad()
-def apply(block: Block, transform: Transform, site: Site, *, check: bool = True, online: bool = False) -> bool:
+def apply(block: Block, transform: Transform, site: Site, *, online: bool = False) -> bool:
     """Apply a transform to a site, in place: into the layer before if that is exact, else online or not at all.
 
     Args:
         block: The block, in float; it computes the same afterwards.
         transform: What the activation is to go through.
-        site: Its consumers' weights change, and its producer's if the fold is accepted.
-        check: Compare the block's output before and after. Leave out only for a fold that was checked before.
+        site: Its consumers' weights change, and its producer's if the fold is accepted. A site that carries a verdict
+            from another transform of the same kind is taken at its word; else the block's output decides.
         online: Whether a transform that cannot be folded is applied to the input in every forward.
 
     Returns:
@@ -34,16 +34,24 @@ def apply(block: Block, transform: Transform, site: Site, *, check: bool = True,
     producers = [] if site.producer is None else [site.producer]
     saved = [(p, p.detach().clone()) for m in (*readers, *producers) for p in m.parameters(recurse=False)]
     if site.producer is not None and transform.linear:
-        before = block.call(*block.sample()) if check else None
+        ways = list(_ways(transform, site))
+        verdict = site.verdict if transform.diagonal else None
+        before = block.call(*block.sample()) if verdict is None else None
+        if verdict is not None:
+            ways = ways[verdict : verdict + 1] if verdict >= 0 else []
         for module in readers:
             _change_basis(module, transform)
-        for attempt in _ways(transform, site):
+        for number, attempt in enumerate(ways):
             if attempt() and (before is None or _same(before, block.call(*block.sample()))):
+                if before is not None and transform.diagonal:
+                    site.verdict = number
                 return True
             for parameter, value in saved[-len(list(producers[0].parameters(recurse=False))) :]:
                 parameter.copy_(value)
         for parameter, value in saved:
             parameter.copy_(value)
+        if transform.diagonal:
+            site.verdict = -1
     if online:
         for module in readers:
             _change_basis(module, transform)

@@ -102,8 +102,8 @@ def compare(
         block = stream.block(index, clean)
         sites = walk.sites(block)
         clean = measure(block, sites)
-        for number, (candidate, hidden) in enumerate(list(states.items()) if index > done else []):
-            states[candidate] = trial(block, sites, hidden, methods[candidate], check=number == 0)
+        for candidate, hidden in list(states.items()) if index > done else []:
+            states[candidate] = trial(block, sites, hidden, methods[candidate])
         stream.put_back(block, index)
         if index <= done:
             continue

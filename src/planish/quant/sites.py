@@ -41,6 +41,7 @@ class Site:
         tokens: Tokens that each consumer saw, by name; empty unless `split`.
         measured: Statistics of the activation in the float model.
         online: Transform that found no layer to fold into.
+        verdict: Which way of folding a scale the block's output accepted, -1 for none, None before any was tried.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Site:
     tokens: dict[str, int] = field(default_factory=dict)
     measured: Moments | None = None
     online: Transform | None = None
+    verdict: int | None = None
 
     @property
     def unseen(self) -> bool:
@@ -135,7 +137,7 @@ def _outline(site: Site) -> Site:
     """Return a site's names and maps without its layers, which would keep a whole block in memory."""
     blank = nn.Module()
     return replace(
-        site, measured=None, tokens={}, producer=None, block=Block("", blank, [], [], []),
+        site, measured=None, verdict=None, tokens={}, producer=None, block=Block("", blank, [], [], []),
         consumers=dict.fromkeys(site.consumers, blank), readers=dict.fromkeys(site.readers, blank),
     )  # fmt: skip
 
@@ -149,7 +151,7 @@ def rebind(site: Site, block: Block) -> Site:
         consumers={n: get(n) for n in site.consumers},
         readers={n: get(n) for n in site.readers},
         producer=producer, producer_name=site.producer_name, channels=site.channels,
-        block=block, split=site.split, whole=site.whole, tokens=site.tokens, measured=site.measured,
+        block=block, split=site.split, whole=site.whole, tokens=site.tokens, measured=site.measured, verdict=site.verdict,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from planish.quant.local import SiteError
 from planish.quant.moments import Moments, gram, measure
 from planish.quant.report import BlockReport, Report, model_bytes
 from planish.quant.rounding import Clip, Nearest, best_limits
-from planish.quant.sites import find_sites, weight_of
+from planish.quant.sites import find_sites, rebind, weight_of
 from planish.quant.stream import Stream, find_blocks, first_tensor
 from planish.quant.transforms import Scale, Shift
 
@@ -197,7 +197,7 @@ def test_site_error_of_one_layer_is_its_output_error_and_of_several_that_of_thei
         assert found == pytest.approx(gap.mean().item() if module is model[0] else gap.sum(-1).mean().item(), rel=1e-4)
 
 
-def test_process_can_be_told_to_trust_folds():
+def test_process_takes_a_verdict_at_its_word():
     model = mlp().double()
     x = noise(9, C, dtype=torch.float64)
     block, sites, _ = lines(model, [x])
@@ -208,7 +208,15 @@ def test_process_can_be_told_to_trust_folds():
         transform=lambda s, m: Scale(torch.full((next(iter(s.weights.values())).shape[1],), 3.0).double()),
     )
     before = model(x)
-    assert process(block, sites, fine, check=False) == {"0": False, "2": True, "4": True}
+    runs = []
+    handle = model.register_forward_hook(lambda *_: runs.append(1))
+    assert process(block, sites, fine) == {"0": False, "2": True, "4": True}
+    assert [s.verdict for s in sites] == [None, 0, 0] and len(runs) == 4  # before and after, for each of two folds
+    again = [rebind(site, block) for site in sites]
+    assert process(block, again, fine) == {"0": False, "2": True, "4": True} and len(runs) == 4
+    again[1].verdict = -1
+    assert process(block, again, fine) == {"0": False, "2": False, "4": True} and len(runs) == 4
+    handle.remove()
     assert torch.allclose(first_tensor(block.call(x, {})), before, rtol=1e-6, atol=1e-6)
 
 
