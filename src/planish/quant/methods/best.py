@@ -1,9 +1,30 @@
-"""The strongest recipe without training: smoothing by the mean square, then rounding that compensates."""
+r"""The strongest recipe without training: compensated rounding that aims at the float model's output.
+
+Three things make it, in the order of what they gain on a small language model at 4 bits:
+
+1. Columns with the largest activations are rounded first, and those still free make up for the error (`Compensate`,
+   GPTQ's recursion).
+2. The ranges of groups are shrunk beforehand to where the error, weighted by the activations' mean squares, is least.
+3. The inputs of a layer already carry the error of everything before it. The layer is rounded towards weights that undo
+   half of that error: with c the float model's inputs, x the real ones, and H the mean of x x',
+
+    W' = W + correct * W (mean of c x' - H) (H + damping)^-1
+
+   All of it overfits the calibration data (it is a regression), none of it leaves errors to build up; one half is the
+   compromise that did best on text that calibration never saw.
+
+Smoothing is not part of it: after compensation with clipped ranges it changed nothing that could be measured. Where
+data is scarce (below some 4,000 tokens) or time is, `smoothquant_plus` is the better choice: it fits one number a
+layer, not a matrix.
+
+Reference:
+    Li et al., GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration, 2025, for the third idea, in
+    another form. https://arxiv.org/abs/2504.02692
+"""
 
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
 from planish.quant.methods.gptq import Compensate
-from planish.quant.methods.smoothquant_plus import Smooth
 
 
 def best(
@@ -13,8 +34,9 @@ def best(
     symmetric: bool = False,
     ragged: bool = False,
     scale_dtype: str = "float16",
+    correct: float = 0.5,
 ) -> Method:
-    """Smooth, then round with compensation, clipped ranges and refitted scales.
+    """Round with compensation, clipped ranges, and half of the incoming error undone.
 
     Args:
         bits: Bits of a weight; default 4.
@@ -22,6 +44,7 @@ def best(
         symmetric: No zero points. Default False.
         ragged: Allow a shorter last group.
         scale_dtype: See `planish.quant.Affine`.
+        correct: See `planish.quant.methods.gptq.Compensate`.
 
     Returns:
         The method.
@@ -30,9 +53,8 @@ def best(
         ValueError: An argument is out of range.
 
     Example:
-        >>> best(bits=4, group_size=64).name
-        'best'
+        >>> best(bits=4, group_size=64).round.clip
+        True
     """
     grid = Affine(bits, group_size, symmetric, ragged, scale_dtype)
-    smooth = Smooth(0.5, act_stat="rms", weight_stat="group_normalized")
-    return Method("best", grid, transform=smooth, round=Compensate(clip=True, rounds=2))
+    return Method("best", grid, round=Compensate(clip=True, correct=correct))

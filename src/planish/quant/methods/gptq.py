@@ -70,7 +70,6 @@ class Compensate:
     rounds: int = 0
     sweeps: int = 2
     correct: float = 0.0
-    blockwise: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -100,11 +99,7 @@ class Compensate:
         else:
             gram = compensate.damped(collect(site.block, site), self.damping)
         order = gram.diagonal().argsort(descending=True, stable=True) if self.ordered else None
-        limits = (
-            best_limits(weight, method.weight, gram if self.blockwise else gram.diagonal())
-            if self.clip
-            else method.weight.ranges(weight)
-        )
+        limits = best_limits(weight, method.weight, gram.diagonal()) if self.clip else method.weight.ranges(weight)
         grid = compensate.Grid(method.weight, limits, weight.shape[1])
         codes = compensate.greedy(weight, gram, grid, order)
         for _ in range(self.rounds):
