@@ -151,7 +151,8 @@ def rebind(site: Site, block: Block) -> Site:
         consumers={n: get(n) for n in site.consumers},
         readers={n: get(n) for n in site.readers},
         producer=producer, producer_name=site.producer_name, channels=site.channels,
-        block=block, split=site.split, whole=site.whole, tokens=site.tokens, measured=site.measured, verdict=site.verdict,
+        block=block, split=site.split, whole=site.whole, tokens=site.tokens, measured=site.measured,
+        verdict=site.verdict,
     )  # fmt: skip
 
 
