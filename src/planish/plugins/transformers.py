@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from planish._support import CheckpointError, require
-from planish.quant import checkpoint, schemes
+from planish.quant import fitting, schemes
+from planish.quant.experts import Experts, fused_experts, unfuse
 from planish.quant.layers import QLinear
 
 __all__ = ["PlanishConfig", "PlanishQuantizer"]
@@ -20,6 +21,7 @@ __all__ = ["PlanishConfig", "PlanishQuantizer"]
 _why = "planish.plugins.transformers"
 _quantizers = require("transformers.quantizers", "transformers", _why)
 _auto = require("transformers.quantizers.auto", "transformers", _why)
+_loading = require("transformers.core_model_loading", "transformers", _why)
 _config = require("transformers.utils.quantization_config", "transformers", _why)
 
 
@@ -65,12 +67,24 @@ class PlanishQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc, name-defi
                 f"quantization_config: format_version must be {schemes.FORMAT_VERSION}; got {version!r:.60}.",
                 "unsupported",
             )
+        entries = self.quantization_config.layers
+        trunk = f"{model.base_model_prefix}."  # AutoModel: no head, and names without the trunk's
+        inside = tuple(f"{name.removeprefix(trunk)}." for name in fused_experts(model))
+        if any(name.removeprefix(trunk).startswith(inside) for name in entries):
+            unfuse(model)
         modules = dict(model.named_modules())
-        for name, entry in self.quantization_config.layers.items():
+        for name, entry in entries.items():
             layer = schemes.empty_layer(name, entry)
-            place = name if name in modules else name.removeprefix(f"{model.base_model_prefix}.")  # AutoModel: no head
-            checkpoint.check_place(name, modules.get(place), layer)
+            place = name if name in modules else name.removeprefix(trunk)
+            fitting.check_place(name, modules.get(place), layer)
             model.set_submodule(place, layer)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Return the model's rules for names, without those that join experts which have been taken apart."""
+        if any(isinstance(module, Experts) for module in model.modules()):
+            weight_conversions = [c for c in weight_conversions if not isinstance(c, _loading.WeightConverter)]
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return rules
 
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes what `from_pretrained` reads."""

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from planish._support import CheckpointError, bad, require, warn_once
-from planish.quant import directory, files, layouts, schemes
+from planish.quant import directory, files, fitting, layouts, naming, schemes
 from planish.quant.directory import Checkpoint
+from planish.quant.experts import unfuse
 from planish.quant.layers import QLinear
 from planish.quant.report import Report
 
 _LAYOUTS = ("auto", "compressed-tensors", "planish")
+_NO_ROUTERS = (nn.Linear, nn.Embedding, QLinear)
 _COUNTS = 1_000_000  # no field of a config that counts things is larger
 
 
@@ -79,10 +81,12 @@ def save(
     config = _config(model)
     checkpoint = Checkpoint(
         config, layers, _float_tensors(model, layers),
-        ignore=[name for name, m in model.named_modules() if isinstance(m, nn.Linear)],
+        ignore=[name for name, m in model.named_modules() if isinstance(m, nn.Linear)] + _routers(model),
         method=report.method if report is not None else "",
     )  # fmt: skip
     layout = _layout(layout, model, layers, hub) if layers else "float"
+    if layout != "planish":
+        checkpoint = naming.renamed(checkpoint, naming.stock_names(model))
     with files.writing(Path(path)) as place:
         if hub and getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(place)  # type: ignore[union-attr, operator]
@@ -137,6 +141,12 @@ def _float_tensors(model: nn.Module, layers: dict[str, QLinear]) -> dict[str, Te
     return made
 
 
+def _routers(model: nn.Module) -> list[str]:
+    """Return modules that hold a matrix of their own without being a Linear: stock engines may build them as one."""
+    held = {n: m._parameters.get("weight") for n, m in model.named_modules() if not isinstance(m, _NO_ROUTERS)}
+    return [name for name, weight in held.items() if weight is not None and weight.ndim == 2]
+
+
 def _layout(layout: str, model: nn.Module, layers: dict[str, QLinear], hub: bool) -> str:
     """Decide between the common layout and ours."""
     if layout == "planish" or (layout == "auto" and not hub):  # stock engines build only what transformers describes
@@ -160,6 +170,7 @@ def _dense_names(model: nn.Module) -> set[str]:
     """Return what is nn.Linear in the model that a stock reader builds from the config."""
     with torch.device("meta"):
         skeleton = type(model)(model.config)
+    unfuse(skeleton)  # in a checkpoint, every expert has its own linears
     return {name for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
 
 
@@ -191,10 +202,10 @@ def load(path: str | Path, *, into: nn.Module | None = None, device: torch.devic
     """
     checkpoint = directory.read(Path(path))
     if into is not None:
-        _fill(into, checkpoint)
+        fitting.fill(into, checkpoint)
         return into if device is None else into.to(device)
-    model = _skeleton(checkpoint)
-    _fill(model, checkpoint)
+    model = skeleton(checkpoint)
+    checkpoint = fitting.fill(model, checkpoint)
     if (Path(path) / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         transformers = require("transformers", "transformers", "load")
         with _foreign("generation_config.json"):
@@ -205,8 +216,13 @@ def load(path: str | Path, *, into: nn.Module | None = None, device: torch.devic
     return model if device is None else model.to(device)
 
 
-def _skeleton(checkpoint: Checkpoint) -> nn.Module:
-    """Build the model that a config describes, its parameters on the meta device."""
+def skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """Build the model that a checkpoint's config describes, its parameters on the meta device.
+
+    Raises:
+        CheckpointError: The config is hostile or damaged, or the checkpoint does not fit the model.
+        MissingExtra: transformers is not installed.
+    """
     transformers = require("transformers", "transformers", "load")
     accelerate = require("accelerate", "transformers", "load")
     config = checkpoint.config
@@ -225,7 +241,7 @@ def _skeleton(checkpoint: Checkpoint) -> nn.Module:
         made = transformers.AutoConfig.for_model(**config)
         with torch.device("meta"):
             probe: nn.Module = builder._from_config(copy.deepcopy(made))  # type: ignore[attr-defined]
-    _check_fit(probe, checkpoint)  # sizes that the tensors confirm are safe to build
+    fitting.check(*naming.fitted(probe, checkpoint))  # sizes that the tensors confirm are safe to build
     if sum(b.numel() for b in probe.buffers()) > _COUNTS * 256:
         raise CheckpointError("`config.json`: the model would hold more buffers than any known one.", "range")
     with _foreign("config.json"), accelerate.init_empty_weights(include_buffers=False):
@@ -252,94 +268,6 @@ def _foreign(file: str) -> Iterator[None]:
     except Exception as error:
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"`{file}`: transformers cannot build the model ({text[:160]}).", "unsupported") from None
-
-
-def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's layers and tensors into a model, all checked before the first one."""
-    slots, ties = _check_fit(model, checkpoint)
-    for name, layer in checkpoint.layers.items():
-        layer.training = model.get_submodule(name).training
-        model.set_submodule(name, layer)
-    _assign(model, slots, ties, checkpoint.tensors)
-
-
-def _check_fit(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
-    """Refuse a checkpoint that is not this model's; return the model's slots outside layers, and which are tied."""
-    modules = dict(model.named_modules())
-    for name, layer in checkpoint.layers.items():
-        check_place(name, modules.get(name), layer)
-    inside = tuple(name + "." for name in checkpoint.layers)
-    slots = {k: v for k, v in model.state_dict(keep_vars=True).items() if not (inside and k.startswith(inside))}
-    ties: dict[int, list[str]] = {}
-    for name, tensor in slots.items():
-        ties.setdefault(id(tensor), []).append(name)
-    ties |= {-1 - i: group for i, group in enumerate(_promised_ties(model)) if group <= slots.keys()}  # type: ignore[misc]
-    tied = {name: group for group in ties.values() for name in group}
-    for name, tensor in checkpoint.tensors.items():
-        slot = slots.get(name)
-        if slot is None:
-            raise CheckpointError(f"`{name}`: the model has no such tensor.", "name")
-        if slot.shape != tensor.shape:
-            raise CheckpointError(f"`{name}` must have shape {list(slot.shape)}; got {list(tensor.shape)}.", "shape")
-        if slot.is_floating_point() != tensor.is_floating_point() or tensor.dtype.itemsize < 2 <= slot.dtype.itemsize:
-            raise CheckpointError(f"`{name}` must be like {slot.dtype}; got {tensor.dtype}.", "dtype")
-    for name in slots:
-        if not any(other in checkpoint.tensors for other in tied.get(name, [name])):
-            raise CheckpointError(f"`{name}` is missing.", "missing")
-    return slots, ties
-
-
-def check_place(name: str, there: nn.Module | None, layer: QLinear) -> None:
-    """Refuse a layer for which the model has no dense layer of its size.
-
-    Raises:
-        CheckpointError: See above; the reason is "name" or "shape".
-    """
-    if there is None:
-        raise CheckpointError(f"`{name}`: the model has no such layer.", "name")
-    found = _features(there)
-    if found is None or not name:
-        raise CheckpointError(f"`{name}`: the model has {type(there).__name__} there, not a dense layer.", "shape")
-    if found != (layer.in_features, layer.out_features):
-        sizes = (
-            f"the model has {found[0]} -> {found[1]} there, the checkpoint {layer.in_features} -> {layer.out_features}"
-        )
-        raise CheckpointError(f"`{name}`: {sizes}.", "shape")
-
-
-def _promised_ties(model: nn.Module) -> list[set[str]]:
-    """Return groups of tensors that a transformers model ties only after loading."""
-    pairs = getattr(model, "all_tied_weights_keys", None) or {}
-    return [{target, source} for target, source in pairs.items()]
-
-
-def _assign(model: nn.Module, slots: dict[str, Tensor], ties: dict[int, list[str]], tensors: dict[str, Tensor]) -> None:
-    """Give every slot its tensor; tied slots get one and the same."""
-    shared: dict[str, Tensor] = {}
-    for name, slot in slots.items():
-        found = tensors.get(name)
-        if isinstance(slot, nn.Parameter) and found is not None:
-            shared[name] = nn.Parameter(found, requires_grad=slot.requires_grad and found.is_floating_point())
-        elif found is not None:
-            shared[name] = found
-    for group in ties.values():
-        first = next((name for name in group if name in shared), None)
-        if first is not None:
-            own = [name for name in group if name in shared and not torch.equal(shared[name], shared[first])]
-            shared |= {name: shared[first] for name in group if name not in own}
-    for name, tensor in shared.items():
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, tensor)
-
-
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    """Return (inputs, outputs) of a dense layer, quantized or not, or None for anything else."""
-    if isinstance(module, (nn.Linear, QLinear)):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, stored transposed
-        rows, columns = module.weight.shape  # type: ignore[misc]
-        return int(rows), int(columns)
-    return None
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Legend: E experts, F features inside an expert, H channels, T tokens, K experts 
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,11 +89,12 @@ def visiting_all(module: nn.Module) -> Iterator[None]:
             experts.visit_all = False
 
 
-def unfuse(model: nn.Module) -> list[str]:
+def unfuse(model: nn.Module, *, keep: Collection[str] = ()) -> list[str]:
     """Replace fused experts by separate linears, in place, where the output is verified unchanged.
 
     Args:
         model: A model or a block; one on the meta device is verified with a small stand-in of random weights.
+        keep: Names of modules that stay fused.
 
     Returns:
         Names of the modules that were replaced; `fused_experts` names those that stay as they are.
@@ -104,6 +105,8 @@ def unfuse(model: nn.Module) -> list[str]:
     """
     replaced = []
     for name in fused_experts(model):
+        if name in keep:
+            continue
         fused = model.get_submodule(name)
         separate = _separate(fused)
         if separate is None or not _same(fused, separate):
@@ -234,11 +237,13 @@ def _same(fused: nn.Module, separate: Experts) -> bool:
             return False
     count = len(separate._modules)
     k = min(2, count)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator("cpu").manual_seed(0)
     channels = int(example.shape[2 if getattr(fused, "is_transposed", False) else 1])
-    x = torch.randn(2 * count, channels, generator=g).to(example)
-    index = torch.stack([(torch.arange(2 * count) + shift) % count for shift in range(k)], 1).to(example.device)
-    share = torch.rand(2 * count, k, generator=g).to(example)
+    cpu = torch.device("cpu")  # said, as the caller may be building on another device by default
+    x = torch.randn(2 * count, channels, generator=g, device=cpu).to(example)
+    rows = torch.arange(2 * count, device=example.device)
+    index = torch.stack([(rows + shift) % count for shift in range(k)], 1)
+    share = torch.rand(2 * count, k, generator=g, device=cpu).to(example)
     with _eager(fused):
         theirs = fused(x, index, share)
     ours = separate(x, index, share)
@@ -252,7 +257,7 @@ def _stand_in(fused: nn.Module) -> nn.Module:
     """The same module with few random features and channels, where its own parameters hold no values."""
     twin = fused.__class__.__new__(fused.__class__)
     twin.__dict__.update(fused.__dict__)
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator("cpu").manual_seed(1)
     transposed = getattr(fused, "is_transposed", False)
     many = 2 if "gate_up_proj" in fused._parameters else 1
     features, channels = _STAND_IN, _STAND_IN + 8
@@ -260,7 +265,7 @@ def _stand_in(fused: nn.Module) -> nn.Module:
     for name, p in fused.named_parameters(recurse=False):
         first, last = (channels, features) if name.startswith("down") else (many * features, channels)
         shape = (first,) if p.ndim == 2 else (last, first) if transposed else (first, last)
-        values = torch.randn(p.shape[0], *shape, generator=g) / _STAND_IN**0.5
+        values = torch.randn(p.shape[0], *shape, generator=g, device="cpu") / _STAND_IN**0.5
         parameters[name] = nn.Parameter(values, requires_grad=False)
     twin._parameters = parameters
     return twin

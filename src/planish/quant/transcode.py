@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from planish._support import CheckpointError, bad
-from planish.quant import directory, files, gguf_file, layouts
+from planish.quant import checkpoint, directory, files, gguf_file, layouts, naming
 from planish.quant.directory import Checkpoint
 from planish.quant.formats import SCALE_DTYPES
 
@@ -53,6 +53,10 @@ def export(path_in: str | Path, path_out: str | Path, layout: str, *, allow_roun
     if layout == "gguf":
         with files.writing(Path(path_out), directory=False) as place:
             return {"layout": layout, **gguf_file.write(found, source, place, allow_rounding=allow_rounding)}
+    if any("experts" in name.split(".") for name in found.layers) and found.config.get("model_type") != "planish":
+        shape, found = naming.fitted(checkpoint.skeleton(found), found)  # each layout has its names of experts
+        if layout != "planish":
+            found = naming.renamed(found, naming.stock_names(shape))
     if layout == "compressed-tensors":
         dtype = _dtype(found)
         for name, layer in found.layers.items():
