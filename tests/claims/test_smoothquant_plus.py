@@ -175,7 +175,7 @@ def relative(model: nn.Module, method: Method, batches: list) -> float:
     return float(gap / sum(c.square().sum() for c in clean)) ** 0.5
 
 
-@pytest.mark.claim("smoothquant_plus", "planted outliers (x50) that ruin plain rounding leave smoothing unmoved")
+@pytest.mark.claim("smoothquant_plus", "planted outliers (x10, x50) hurt plain rounding and leave smoothing unmoved")
 @pytest.mark.parametrize("factor", [10, 50])
 def test_planted_outliers(factor, record_claim):
     model, batches = llama(), tokens()

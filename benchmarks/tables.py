@@ -1,0 +1,241 @@
+"""`python -m benchmarks.tables [--check]`: the tables of the README and the docs, made from what was measured.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. It is made from the newest results of
+`python -m benchmarks` in benchmarks/results, from docs/claims.json (`make claims`), or from the command line itself;
+nothing between the markers is typed by hand. What has not been measured is said to be so.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.subjects import SUBJECTS
+
+PAGES = ("README.md", "docs/index.md", "docs/papers/smoothquant_plus.md", "docs/jobs/quantize.md", "docs/reference/cli.md")
+HEADLINE = "SmolLM2-135M, 4 bits, groups of 64"
+_BLOCK = re.compile(r"(<!-- table:(?P<name>[\w:+-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+class Results:
+    """What is known: where results lie, and the claims.
+
+    Attributes:
+        folder: One folder a machine, one file a benchmark.
+        claims: The table of claims as JSON.
+    """
+
+    def __init__(self, folder: Path = RESULTS, claims: Path = ROOT / "docs" / "claims.json") -> None:
+        self.folder, self.claims = folder, claims
+
+    def newest(self, benchmark: str) -> dict[str, Any] | None:
+        """Return the newest full run of a benchmark on any machine, None where there is none."""
+        found = [
+            {**json.loads(path.read_text(encoding="utf-8")), "where": path.parent.name}
+            for path in sorted(self.folder.glob(f"*/{benchmark}.json"))
+        ]
+        return max(found, key=lambda run: str(run["date"]), default=None)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the first column is text, the others are numbers."""
+    marks = ["---", *("---:" for _ in header[1:])]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, marks, *rows))
+
+
+def _unmeasured(benchmark: str) -> str:
+    return f"Nothing has been measured yet: `python -m benchmarks {benchmark}` fills this table.\n"
+
+
+def _pick(run: Mapping[str, Any], case: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the absolute rows of one case: by subject, then by metric."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in run["rows"]:
+        if row["case"] == case and row["baseline"] is None:
+            found.setdefault(row["subject"], {})[row["metric"]] = row
+    return found
+
+
+def _label(subject: str) -> str:
+    """Name a subject; what is ours stands out."""
+    ours = subject in SUBJECTS and SUBJECTS[subject].ours
+    return f"**{subject}**" if ours else subject
+
+
+def _value(rows: Mapping[str, Mapping[str, Any]], metric: str, form: str, *, interval: bool = False) -> str:
+    if metric not in rows:
+        return "-"
+    row = rows[metric]
+    if not interval or row["low"] is None:
+        return f"{row['value']:{form}}"
+    return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def _origin(run: Mapping[str, Any], command: str) -> str:
+    machine = run["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores, {run['date']}; made by `python -m benchmarks {command}`."
+
+
+def _missing(run: Mapping[str, Any], case: str) -> str:
+    names = [name.removesuffix(f" on {case}") for name in run["skipped"] if name.endswith(f" on {case}")]
+    told = f" Not in the table, for the reasons kept in the results: {', '.join(names)}." if names else ""
+    return told
+
+
+def quant(results: Results) -> str:
+    """Return the headline: every subject at 4 bits in groups of 64, ours in bold, the least divergence first."""
+    run = results.newest("quant")
+    found = {} if run is None else _pick(run, HEADLINE)
+    if run is None or "float" not in found:
+        return _unmeasured("quant")
+    nll = {name: rows["nll"]["value"] for name, rows in found.items()}
+    lost = nll["rtn"] - nll["float"] if "rtn" in nll else None
+    lines = []
+    for name, rows in sorted(found.items(), key=lambda item: item[1]["kl"]["value"]):
+        closed = "-" if lost is None or name in ("float", "rtn") else f"{(nll['rtn'] - nll[name]) / lost:.0%}"
+        quick = _value(rows, "quantizing", ".0f")
+        kl = "0" if name == "float" else _value(rows, "kl", ".3f", interval=True)
+        lines.append((_label(name), _value(rows, "perplexity", ".2f"), kl, closed, quick))
+    header = ("", "perplexity", "KL from float, nats/token [95 %]", "RTN's gap closed", "quantized in, s")
+    notes = dict.fromkeys(rows["kl"]["note"] for name, rows in found.items() if name != "float")
+    said = " ".join(note for note in notes if note)
+    return (
+        f"{table(header, lines)}\n{HEADLINE}: {found['float']['kl']['note']}. Ours in bold. The gap is the "
+        f"log-likelihood that rounding to nearest (`rtn`) loses. {said}{_missing(run, HEADLINE)} {_origin(run, 'quant')}\n"
+    ).replace("  ", " ")
+
+
+def grids(results: Results) -> str:
+    """Return how far every subject is from float on every grid: a column a case."""
+    run = results.newest("quant")
+    if run is None:
+        return _unmeasured("quant")
+    parts = []
+    for metric, what, model in (
+        ("kl", "KL from float, nats/token", "SmolLM2-135M"),
+        ("cosine", "1 - cosine of embeddings to float", "MiniLM-L6"),
+    ):
+        names = dict.fromkeys(row["case"] for row in run["rows"] if row["case"].startswith(f"{model}, "))
+        cases = {case: _pick(run, case) for case in names}
+        subjects = dict.fromkeys(name for case in cases.values() for name in case if name != "float")
+        if not subjects:
+            continue
+        lines = [
+            (_label(name), *(_value(case.get(name, {}), metric, ".3g") for case in cases.values())) for name in subjects
+        ]
+        header = ("", *(case.removeprefix(f"{model}, ") for case in cases))
+        parts.append(f"{model}: {what}.\n\n{table(header, lines)}\n")
+    return "".join(parts) + f"A dash: it could not enter, for the reason kept in the results. {_origin(run, 'quant')}\n"
+
+
+def cost(results: Results) -> str:
+    """Return seconds and memory of quantizing, beside the baseline's."""
+    run = results.newest("cost")
+    if run is None:
+        return _unmeasured("cost")
+    case = run["rows"][0]["case"] if run["rows"] else ""
+    ratios = {(r["subject"], r["metric"]): r for r in run["rows"] if r["baseline"]}
+    lines = []
+    for name, rows in _pick(run, case).items():
+        ratio = ratios.get((name, "quantizing"))
+        lines.append(
+            (
+                _label(name),
+                _value(rows, "quantizing", ".1f", interval=True),
+                "-" if ratio is None else f"{ratio['value']:.2f}",
+                _value(rows, "memory above the loaded model", ".0f"),
+            )
+        )
+    base = next((r["baseline"] for r in ratios.values()), None)
+    header = ("", "s [least, most]", f"times {base}'s" if base else "ratio", "MiB above the loaded model")
+    out = f" Could not run: {', '.join(run['skipped'])}." if run["skipped"] else ""
+    return f"{table(header, lines)}\n{case}.{out} {_origin(run, 'cost')}\n"
+
+
+def claims(results: Results, paper: str) -> str:
+    """Return the claims of one paper that tests assert, with what was measured and what was needed."""
+    kept = json.loads(results.claims.read_text(encoding="utf-8")) if results.claims.exists() else []
+    rows = [row for row in kept if row["paper"] == paper]
+    if not rows:
+        return "Not measured yet: `make claims` fills this table.\n"
+    return table(
+        ("claim", "measured", "needed", "verdict"),
+        ((row["claim"], row["measured"], row["needed"], row["verdict"]) for row in rows),
+    )
+
+
+def cli() -> str:
+    """Return the commands of the command line with their options, as they describe themselves."""
+    import typer  # noqa: PLC0415
+
+    from planish.__main__ import app  # noqa: PLC0415
+
+    parts = []
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        lines = []
+        for option in command.params:
+            spelt = option.metavar or option.name if option.param_type_name == "argument" else _spelt(option)
+            default = "" if option.required or option.default is None else f"`{option.default}`"
+            lines.append((f"`{spelt}`", (option.help or "").replace("|", "\\|"), default))
+        shown = "".join(f"| {' | '.join(cells)} |\n" for cells in (("", "", "default"), ("---",) * 3, *lines))
+        parts.append(f"## planish {name}\n\n{command.help}\n\n{shown}")
+    return "\n".join(parts)
+
+
+def _spelt(option: Any) -> str:
+    return " / ".join((*option.opts, *option.secondary_opts))
+
+
+def render(name: str, results: Results) -> str:
+    """Return the table of a marker.
+
+    Raises:
+        ValueError: No table has that name.
+    """
+    kind, _, rest = name.partition(":")
+    makers: dict[str, Callable[[], str]] = {
+        "quant": lambda: quant(results),
+        "grids": lambda: grids(results),
+        "cost": lambda: cost(results),
+        "claims": lambda: claims(results, rest),
+        "cli": cli,
+    }
+    if kind not in makers:
+        raise ValueError(f"tables: `{name}` must be one of {', '.join(makers)}.")
+    return makers[kind]()
+
+
+def rewrite(text: str, results: Results) -> str:
+    """Return a page with every table between markers made anew."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{render(found['name'], results)}{found[3]}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the pages, or tell which are stale; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is not what it should be")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = rewrite(old, Results())
+        if new == old:
+            continue
+        stale.append(name)
+        if not check:
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(new, encoding="utf-8")
+            partial.replace(path)
+    for name in stale:
+        print(f"{name}: {'a table differs from the results; run `python -m benchmarks.tables`' if check else 'rewritten'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
