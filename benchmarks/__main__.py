@@ -9,7 +9,7 @@ import sys
 
 from benchmarks import harness
 
-NAMES = ("quant", "cost")
+NAMES = ("quant", "cost", "search")
 
 
 def _grid(text: str) -> tuple[int, int | None]:

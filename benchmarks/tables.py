@@ -16,7 +16,13 @@ from typing import Any
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.subjects import SUBJECTS
 
-PAGES = ("README.md", "docs/index.md", "docs/papers/smoothquant_plus.md", "docs/jobs/quantize.md", "docs/reference/cli.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/papers/smoothquant_plus.md",
+    "docs/jobs/quantize.md",
+    "docs/reference/cli.md",
+)
 HEADLINE = "SmolLM2-135M, 4 bits, groups of 64"
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w:+-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -233,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             partial.write_text(new, encoding="utf-8")
             partial.replace(path)
     for name in stale:
-        print(f"{name}: {'a table differs from the results; run `python -m benchmarks.tables`' if check else 'rewritten'}")
+        print(
+            f"{name}: {'a table differs from the results; run `python -m benchmarks.tables`' if check else 'rewritten'}"
+        )
     return 1 if check and stale else 0
 
 

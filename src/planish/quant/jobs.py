@@ -105,7 +105,8 @@ def run(job: Job, *, say: Callable[[str], None], progress: Progress) -> Done:
     if size is None:
         size = sources.auto_group_size(model)
         say(f"groups of {size}: the largest of 128, 64 and 32 that divides every layer")
-    method = METHODS[job.method](bits=job.bits, group_size=size)
+    kept = "bfloat16" if getattr(model, "dtype", None) == torch.bfloat16 else "float16"  # stock readers cast scales
+    method = METHODS[job.method](bits=job.bits, group_size=size, scale_dtype=kept)
     length = min(job.window, getattr(model.config, "max_position_embeddings", None) or job.window)
     fitted, held, data = _texts(job, tokenizer, length, say)
     journal = Journal(job.out.with_name(job.out.name + ".journal"), fresh=job.fresh)
