@@ -16,7 +16,13 @@ from typing import Any
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.subjects import SUBJECTS
 
-PAGES = ("README.md", "docs/index.md", "docs/papers/smoothquant_plus.md", "docs/jobs/quantize.md", "docs/reference/cli.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/papers/smoothquant_plus.md",
+    "docs/jobs/quantize.md",
+    "docs/reference/cli.md",
+)
 HEADLINE = "SmolLM2-135M, 4 bits, groups of 64"
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w:+-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -82,8 +88,7 @@ def _origin(run: Mapping[str, Any], command: str) -> str:
 
 def _missing(run: Mapping[str, Any], case: str) -> str:
     names = [name.removesuffix(f" on {case}") for name in run["skipped"] if name.endswith(f" on {case}")]
-    told = f" Not in the table, for the reasons kept in the results: {', '.join(names)}." if names else ""
-    return told
+    return f" Not in the table, for the reasons kept in the results: {', '.join(names)}." if names else ""
 
 
 def quant(results: Results) -> str:
@@ -180,7 +185,8 @@ def cli() -> str:
         lines = []
         for option in command.params:
             spelt = option.metavar or option.name if option.param_type_name == "argument" else _spelt(option)
-            default = "" if option.required or option.default is None else f"`{option.default}`"
+            default = "" if option.required or option.default in (None, False) else f"`{option.default}`"
+            default = f"`{option.opts[0]}`" if option.default is True else default
             lines.append((f"`{spelt}`", (option.help or "").replace("|", "\\|"), default))
         shown = "".join(f"| {' | '.join(cells)} |\n" for cells in (("", "", "default"), ("---",) * 3, *lines))
         parts.append(f"## planish {name}\n\n{command.help}\n\n{shown}")
@@ -233,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             partial.write_text(new, encoding="utf-8")
             partial.replace(path)
     for name in stale:
-        print(f"{name}: {'a table differs from the results; run `python -m benchmarks.tables`' if check else 'rewritten'}")
+        print(
+            f"{name}: {'a table differs from the results; run `python -m benchmarks.tables`' if check else 'rewritten'}"
+        )
     return 1 if check and stale else 0
 
 

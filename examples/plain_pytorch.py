@@ -10,7 +10,9 @@ import planish
 from planish.quant import best, rtn
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 32), nn.Linear(32, 1))
+model = nn.Sequential(
+    nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 32), nn.Linear(32, 1)
+)
 points = torch.rand(4096, 2) * 4 - 2
 curve = (points[:, :1] * 3).sin() * points[:, 1:].exp()
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
