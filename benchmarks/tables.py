@@ -86,10 +86,9 @@ def _origin(run: Mapping[str, Any], command: str) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, {run['date']}; made by `python -m benchmarks {command}`."
 
 
-def _missing(run: Mapping[str, Any], case: str) -> str:
+def _missing(run: Mapping[str, Any], case: str) -> list[str]:
     names = [name.removesuffix(f" on {case}") for name in run["skipped"] if name.endswith(f" on {case}")]
-    told = f" Not in the table, for the reasons kept in the results: {', '.join(names)}." if names else ""
-    return told
+    return [f"Not in the table, for the reasons kept in the results: {', '.join(names)}."] if names else []
 
 
 def quant(results: Results) -> str:
@@ -108,11 +107,14 @@ def quant(results: Results) -> str:
         lines.append((_label(name), _value(rows, "perplexity", ".2f"), kl, closed, quick))
     header = ("", "perplexity", "KL from float, nats/token [95 %]", "RTN's gap closed", "quantized in, s")
     notes = dict.fromkeys(rows["kl"]["note"] for name, rows in found.items() if name != "float")
-    said = " ".join(note for note in notes if note)
-    return (
-        f"{table(header, lines)}\n{HEADLINE}: {found['float']['kl']['note']}. Ours in bold. The gap is the "
-        f"log-likelihood that rounding to nearest (`rtn`) loses. {said}{_missing(run, HEADLINE)} {_origin(run, 'quant')}\n"
-    ).replace("  ", " ")
+    told = [
+        f"{HEADLINE}: {found['float']['kl']['note']}.",
+        "Ours in bold. The gap is the log-likelihood that rounding to nearest (`rtn`) loses.",
+        *(note for note in notes if note),
+        *_missing(run, HEADLINE),
+        _origin(run, "quant"),
+    ]
+    return f"{table(header, lines)}\n{' '.join(told)}\n"
 
 
 def grids(results: Results) -> str:
@@ -186,14 +188,15 @@ def cli() -> str:
         lines = []
         for option in command.params:
             spelt = option.metavar or option.name if option.param_type_name == "argument" else _spelt(option)
-            default = "" if option.required or option.default is None else f"`{option.default}`"
+            default = "" if option.required or option.default in (None, False) else f"`{option.default}`"
+            default = f"`{option.opts[0]}`" if option.default is True else default
             lines.append((f"`{spelt}`", (option.help or "").replace("|", "\\|"), default))
         shown = "".join(f"| {' | '.join(cells)} |\n" for cells in (("", "", "default"), ("---",) * 3, *lines))
         parts.append(f"## planish {name}\n\n{command.help}\n\n{shown}")
     return "\n".join(parts)
 
 
-def _spelt(option: Any) -> str:
+def _spelt(option: Any) -> str:  # noqa: ANN401  (the parser's own)
     return " / ".join((*option.opts, *option.secondary_opts))
 
 

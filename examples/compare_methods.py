@@ -18,10 +18,10 @@ text = torch.tensor(list("\n".join(topics.values()).encode()))
 learnt, held = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
 shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 256}
 model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
-optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-for _ in range(120):
-    starts = torch.randint(len(learnt) - 96, (16,), generator=generator)
-    rows = torch.stack([learnt[i : i + 96] for i in starts])
+optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+for _ in range(300):
+    starts = torch.randint(len(learnt) - 64, (16,), generator=generator)
+    rows = torch.stack([learnt[i : i + 64] for i in starts])
     loss = model(input_ids=rows, labels=rows).loss
     optimizer.zero_grad()
     loss.backward()

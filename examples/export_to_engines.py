@@ -32,4 +32,4 @@ with tempfile.TemporaryDirectory() as home:
         if out.is_dir():
             twin = planish.load(out)
             print("      same logits:", torch.equal(twin(tokens).logits, planish.load(source)(tokens).logits))
-    print("layers:", inspect(source)["layers"])
+    print("formats:", inspect(source)["formats"])

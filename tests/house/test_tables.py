@@ -1,0 +1,97 @@
+"""The tables in the README and the docs are those that the results give, and tell the truth of what they are given."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.harness import Row
+
+ROOT = Path(__file__).parents[2]
+CASE = tables.HEADLINE
+
+
+def test_the_committed_tables_are_what_the_results_say():
+    pytest.importorskip("typer")
+    stale = [
+        name
+        for name in tables.PAGES
+        if (text := (ROOT / name).read_text(encoding="utf-8")) != tables.rewrite(text, tables.Results())
+    ]
+    assert not stale, "run `python -m benchmarks.tables`"
+
+
+def test_every_marker_stands_in_a_page_that_is_rewritten():
+    pages = [p for p in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")) if "<!-- table:" in p.read_text("utf-8")]
+    assert sorted(str(p.relative_to(ROOT)) for p in pages) == sorted(tables.PAGES)
+
+
+@pytest.fixture
+def results(tmp_path):
+    def write(machine: str, date: str, benchmark: str, rows: list[Row], skipped: dict[str, str]) -> None:
+        folder = tmp_path / "results" / machine
+        folder.mkdir(parents=True, exist_ok=True)
+        run = {"date": date, "machine": {"cpu": machine.upper(), "cores": 2}, "skipped": skipped}
+        (folder / f"{benchmark}.json").write_text(json.dumps({**run, "rows": [asdict(row) for row in rows]}))
+
+    write.known = tables.Results(tmp_path / "results", tmp_path / "claims.json")
+    return write
+
+
+def scores(name: str, nll: float, kl: float, note: str = "") -> list[Row]:
+    return [
+        Row(CASE, name, "nll", nll, "nats/token", note=note),
+        Row(CASE, name, "perplexity", 2.0**nll, "", None, 1.0, 9.0, note),
+        Row(CASE, name, "kl", kl, "nats/token", None, kl / 2, kl * 2, note),
+        Row(CASE, name, "quantizing", 12.4, "s"),
+    ]
+
+
+def test_the_headline(results):
+    rows = [
+        *scores("float", 3.0, 0.0, "calibrated on this; scored on that")[:3],
+        *scores("rtn", 3.4, 0.4),
+        *scores("best", 3.1, 0.125),
+        *scores("hqq", 3.2, 0.25, "hqq is special."),
+        Row(CASE, "best", "kl difference", -0.3, "nats/token", "rtn", -0.4, -0.2),
+    ]
+    results("old", "2026-01-01", "quant", scores("float", 9.0, 0.0), {})
+    results("new", "2026-02-01", "quant", rows, {f"awq on {CASE}": "no", "awq on another": "no"})
+    lines = tables.quant(results.known).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| float", "| **best**", "| hqq", "| **rtn**"]
+    assert lines[3] == "| **best** | 8.57 | 0.125 [0.062, 0.250] | 75% | 12 |"
+    assert lines[5].endswith("| - | 12 |")
+    assert "calibrated on this; scored on that" in lines[7] and "hqq is special. Not in the table" in lines[7]
+    assert "kept in the results: awq. NEW, 2 cores, 2026-02-01" in lines[7]
+
+
+def test_costs_and_grids(results):
+    rows = [
+        Row("case", "best", "quantizing", 10.0, "s", None, 9.0, 11.0),
+        Row("case", "best", "memory above the loaded model", 99.6, "MiB"),
+        Row("case", "best", "quantizing", 0.25, "ratio", "awq", 0.2, 0.3),
+    ]
+    results("new", "2026-02-01", "cost", rows, {"awq": "it fell"})
+    results("new", "2026-02-01", "quant", scores("float", 3.0, 0.0) + scores("rtn", 3.4, 0.4), {})
+
+    assert "10.0 [9.0, 11.0] | 0.25 | 100 |" in tables.cost(results.known)
+    assert "times awq's" in tables.cost(results.known) and "Could not run: awq." in tables.cost(results.known)
+    assert "|  | 4 bits, groups of 64 |\n| --- | ---: |\n| **rtn** | 0.4 |" in tables.grids(results.known)
+
+
+def test_what_was_not_measured_is_said_to_be_so(results):
+    for name in ("quant", "grids", "cost", "claims:smoothquant_plus"):
+        page = f"<!-- table:{name} -->\n| invented | 1 |\n<!-- /table -->"
+        told = tables.rewrite(page, results.known)
+        assert "easured yet" in told or "been measured yet" in told
+        assert "invented" not in told and tables.rewrite(told, results.known) == told
+    with pytest.raises(ValueError, match="`x` must be one of quant"):
+        tables.rewrite("<!-- table:x -->\n<!-- /table -->", results.known)
+
+
+def test_claims_of_one_paper(results):
+    row = {"paper": "p", "claim": "more", "measured": "3", "needed": ">= 2", "verdict": "holds"}
+    results.known.claims.write_text(json.dumps([row, {**row, "paper": "q", "claim": "less"}]))
+    assert tables.claims(results.known, "p").splitlines()[2:] == ["| more | 3 | >= 2 | holds |"]
