@@ -2,7 +2,7 @@
 
 The naive search does, for every alpha, what a script around the paper would do: take a copy of the model, run it to
 see its activations, smooth and quantize it, run it again, and compare with the float model's output, which is kept. The
-one-pass search carries one stream of hidden states an alpha and reads every block once; with `drop` it gives up an alpha
+one-pass search carries one stream of hidden states an alpha and reads a block once; with `drop` it gives up an alpha
 that has fallen far behind. All three run in one process, on the same tokens and the same kernels.
 """
 
