@@ -63,23 +63,23 @@ def _ours(method: str) -> Subject:
 
 SUBJECTS: Mapping[str, Subject] = {
     "rtn": _ours("rtn"),
-    "awq (ours)": _ours("awq"),
+    "best": _ours("best"),
     "gptq (ours)": _ours("gptq"),
+    "hqq": Subject("benchmarks.rivals.hqq", "hqq"),
+    "llm-compressor gptq": Subject("benchmarks.rivals.llmcompressor", "gptq"),
     "smoothquant+": _ours("smoothquant_plus"),
     "smoothquant+ by layer": _ours("smoothquant_plus_layer"),
-    "best": _ours("best"),
+    "awq (ours)": _ours("awq"),
     "llm-compressor awq": Subject("benchmarks.rivals.llmcompressor", "awq", encoders=False),
-    "llm-compressor gptq": Subject("benchmarks.rivals.llmcompressor", "gptq"),
+    "auto-round opt-rtn symmetric": Subject("benchmarks.rivals.autoround", "rtn", symmetric=True),
     "auto-round rtn": Subject("benchmarks.rivals.autoround", "rtn"),
-    "auto-round opt-rtn, symmetric": Subject("benchmarks.rivals.autoround", "rtn", symmetric=True),
     "auto-round neuqi": Subject("benchmarks.rivals.autoround", "neuqi"),
     "auto-round 20 iterations": Subject("benchmarks.rivals.autoround", "train", iters=20),
-    "hqq": Subject("benchmarks.rivals.hqq", "hqq"),
 }
 
 NOTES: Mapping[str, str] = {
     "hqq": "hqq keeps a float zero point (or a scale and a zero of 16 bits each); all others an integer one.",
-    "auto-round opt-rtn, symmetric": "auto-round searches at 0 iterations only on the symmetric grid.",
+    "auto-round opt-rtn symmetric": "auto-round searches at 0 iterations only on the symmetric grid.",
 }
 
 

@@ -10,6 +10,7 @@ from planish._support import bad
 from planish.quant.engine import Method, Walk, no_transform
 from planish.quant.local import SiteError
 from planish.quant.moments import measure
+from planish.quant.rounding import Nearest
 from planish.quant.search import OBJECTIVES, Choice, compare
 
 GRANULARITIES = ("model", "kind", "layer")
@@ -21,7 +22,8 @@ class SearchAlpha:
 
     One alpha for the model comes from the full grid. "kind" then gives each kind of layer (queries with keys and
     values, outputs, ...) its own, one kind after another. "layer" proposes an alpha for every single site by the error
-    of the module around it, and takes the proposals, kind by kind, where the whole model gains.
+    of the module around it, and takes the proposals, kind by kind, where the whole model gains. Meanwhile weights are
+    rounded to nearest; another rounding step is taken at the end if it lowers the loss.
 
     Args:
         granularity: "model" (the paper, default), "kind" or "layer".
@@ -67,6 +69,7 @@ class SearchAlpha:
         """Return the method with the alphas that were found."""
         smooth: Any = method.transform
         walk = walk.first(self.tokens)
+        wanted, method = method, replace(method, round=Nearest())
         plain = replace(method, transform=no_transform)
         curve = self._compare(walk, [plain, *(self._with(method, alpha=a) for a in self.grid)], "alpha")
         findings: dict[str, Any] = {
@@ -74,7 +77,7 @@ class SearchAlpha:
             "curve": [{"alpha": a, "loss": x} for a, x in zip((None, *self.grid), curve.losses, strict=True)],
         }
         if curve.best == 0 and self.granularity == "model":
-            return replace(plain, findings={**findings, "alpha": None, "loss": curve.losses[0]})
+            return self._rounded(walk, plain, wanted, {**findings, "alpha": None, "loss": curve.losses[0]})
         alpha = None if curve.best == 0 else self.grid[curve.best - 1]
         method, loss = replace(method, transform=replace(smooth, alpha=alpha)), curve.losses[curve.best]
         if self.granularity != "model":
@@ -83,7 +86,16 @@ class SearchAlpha:
             findings["kinds"] = dict(method.transform.exceptions)  # type: ignore[attr-defined]
         if self.granularity == "layer":
             method, loss = self._refine_layers(walk, method, loss)
-        return replace(method, findings={**findings, "alpha": alpha, "loss": loss})
+        return self._rounded(walk, method, wanted, {**findings, "alpha": alpha, "loss": loss})
+
+    def _rounded(self, walk: Walk, method: Method, wanted: Method, findings: dict[str, Any]) -> Method:
+        """Bring the wanted rounding step back if the whole model gains by it."""
+        if wanted.round != method.round:
+            fine = replace(method, round=wanted.round)
+            choice = self._compare(walk, [fine], "rounding")
+            if choice.losses[0] < findings["loss"]:
+                method, findings = fine, {**findings, "loss": choice.losses[0]}
+        return replace(method, findings=findings)
 
     def _compare(self, walk: Walk, methods: list[Method], stage: str) -> Choice:
         return compare(walk, methods, objective=self.objective, drop=self.drop, stage=f"search {stage}")
