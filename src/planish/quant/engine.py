@@ -24,7 +24,7 @@ from planish.quant.moments import measure
 from planish.quant.precision import Dense, restore, round_off
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
-from planish.quant.sites import Site, find_sites, is_linear, rebind, stays_float, weight_of
+from planish.quant.sites import Site, find_sites, is_linear, rebind, set_weight, stays_float, weight_of
 from planish.quant.stream import Block, Stream, Weights, tensors_in
 from planish.quant.transforms import Transform
 
@@ -187,7 +187,7 @@ class Walk:
         return find_sites(block, self.skipped(block.name), self.known)
 
 
-def process(block: Block, sites: list[Site], method: Method) -> dict[str, bool]:
+def process(block: Block, sites: list[Site], method: Method, *, trial: bool = False) -> dict[str, bool]:
     """Apply a method's exact steps, then its lossy ones, to one block in place.
 
     The block is left with dense layers that hold the rounded values, so that what follows runs at full speed; the
@@ -197,6 +197,7 @@ def process(block: Block, sites: list[Site], method: Method) -> dict[str, bool]:
         block: The block, in float.
         sites: Its sites, with moments.
         method: The steps.
+        trial: Whether only what the block computes is wanted: layers are made only where their values are not at hand.
 
     Returns:
         For each site that a transform was meant for, whether it was folded.
@@ -212,7 +213,12 @@ def process(block: Block, sites: list[Site], method: Method) -> dict[str, bool]:
             block.first, block.device,
         )  # fmt: skip
     for site in sites:  # 2. round: lossy
-        place(block, (Nearest() if site.unseen else method.round)(site, method))
+        step = Nearest() if site.unseen else method.round
+        if trial and isinstance(step, Nearest) and method.act is None and site.online is None:
+            for name, weight in step.values(site, method).items():
+                set_weight(site.consumers[name], weight)
+        else:
+            place(block, step(site, method))
     block.twin = None
     method.refine(block, method)  # 3. refine
     return folded
@@ -245,7 +251,7 @@ def trial(block: Block, sites: list[Site], inputs: list[Tensor], method: Method)
     twin = Block(block.name, copy.deepcopy(block.module), inputs, block.context, block.keep, block.first, block.device)
     twin.clean = block.inputs
     own = [rebind(site, twin) for site in sites]
-    process(twin, own, method)
+    process(twin, own, method, trial=True)
     for site, judged in zip(sites, own, strict=True):
         site.verdict = judged.verdict
     return list(twin.run())
