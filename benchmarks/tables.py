@@ -164,6 +164,20 @@ def cost(results: Results) -> str:
     return f"{table(header, lines)}\n{case}.{out} {_origin(run, 'cost')}\n"
 
 
+def search(results: Results) -> str:
+    """Return what the one-pass search saves, and how its losses and its alpha agree with the naive one's."""
+    run = results.newest("search")
+    if run is None:
+        return _unmeasured("search")
+    lines = []
+    for name in dict.fromkeys(row["subject"] for row in run["rows"]):
+        rows = {(row["metric"], row["unit"]): row["value"] for row in run["rows"] if row["subject"] == name}
+        cells = (("alpha", ""), ("largest difference of losses", "hidden MSE"), ("time", "s"), ("time", "ratio"))
+        lines.append((name, *(f"{rows[cell]:.3g}" if cell in rows else "-" for cell in cells)))
+    header = ("", "alpha found", "largest difference of losses", "s", "times the naive one's")
+    return f"{table(header, lines)}\n{run['rows'][0]['case']}. {_origin(run, 'search')}\n"
+
+
 def claims(results: Results, paper: str) -> str:
     """Return the claims of one paper that tests assert, with what was measured and what was needed."""
     kept = json.loads(results.claims.read_text(encoding="utf-8")) if results.claims.exists() else []
@@ -211,6 +225,7 @@ def render(name: str, results: Results) -> str:
         "quant": lambda: quant(results),
         "grids": lambda: grids(results),
         "cost": lambda: cost(results),
+        "search": lambda: search(results),
         "claims": lambda: claims(results, rest),
         "cli": cli,
     }

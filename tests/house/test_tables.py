@@ -81,8 +81,22 @@ def test_costs_and_grids(results):
     assert "|  | 4 bits, groups of 64 |\n| --- | ---: |\n| **rtn** | 0.4 |" in tables.grids(results.known)
 
 
+def test_the_search(results):
+    rows = [
+        Row("case", "naive", "alpha", 0.5, ""),
+        Row("case", "naive", "time", 100.0, "s"),
+        Row("case", "one pass", "alpha", 0.45, "", "naive"),
+        Row("case", "one pass", "largest difference of losses", 1e-5, "hidden MSE", "naive"),
+        Row("case", "one pass", "time", 25.0, "s"),
+        Row("case", "one pass", "time", 0.25, "ratio", "naive"),
+    ]
+    results("new", "2026-02-01", "search", rows, {})
+    told = tables.search(results.known).splitlines()
+    assert told[2:4] == ["| naive | 0.5 | - | 100 | - |", "| one pass | 0.45 | 1e-05 | 25 | 0.25 |"]
+
+
 def test_what_was_not_measured_is_said_to_be_so(results):
-    for name in ("quant", "grids", "cost", "claims:smoothquant_plus"):
+    for name in ("quant", "grids", "cost", "search", "claims:smoothquant_plus"):
         page = f"<!-- table:{name} -->\n| invented | 1 |\n<!-- /table -->"
         told = tables.rewrite(page, results.known)
         assert "easured yet" in told or "been measured yet" in told
