@@ -9,11 +9,11 @@ from torch import nn
 import planish
 from planish.quant import best, rtn
 
-torch.manual_seed(0)
+generator = torch.Generator().manual_seed(0)
 model = nn.Sequential(
     nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 32), nn.Linear(32, 1)
 )
-points = torch.rand(4096, 2) * 4 - 2
+points = torch.rand(4096, 2, generator=generator) * 4 - 2
 curve = (points[:, :1] * 3).sin() * points[:, 1:].exp()
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 for step in range(400):
@@ -24,7 +24,7 @@ for step in range(400):
     optimizer.step()
 print(f"trained to a mean squared error of {loss.item():.4f}; the curve's variance is {curve.var().item():.2f}")
 
-fresh = torch.rand(2048, 2) * 4 - 2
+fresh = torch.rand(2048, 2, generator=generator) * 4 - 2
 for method in (rtn(bits=3, group_size=None), best(bits=3, group_size=None)):
     small = copy.deepcopy(model)
     report = planish.quantize(small, points.split(512), method, skip=("0", "5"))  # the first and the last stay float

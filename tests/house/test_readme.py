@@ -110,3 +110,17 @@ def test_the_commands_of_the_readme_run_on_a_small_model(home, monkeypatch):
         result = CliRunner().invoke(app, [*given, *few[words[0]], "--device", "cpu"])
         assert result.exit_code == 0, result.output
     assert (home / "small" / "report.html").is_file()
+
+
+def test_the_method_of_the_design_page_is_one():
+    import torch
+
+    from planish.quant import quantize
+
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    program = next(body for language, body in BLOCK.findall(page) if language == "python")
+    names = {"__name__": "design"}
+    exec(compile(program, "docs/design.md", "exec"), names)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    report = quantize(model, [torch.randn(64, 32)], names["level"](group_size=32))
+    assert report.blocks[0].folded == {"2": True}
