@@ -13,18 +13,22 @@ Three things make it, in the order of what they gain on a small language model a
    All of it overfits the calibration data (it is a regression), none of it leaves errors to build up; one half is the
    compromise that did best on text that calibration never saw.
 
-Smoothing is not part of it: after compensation with clipped ranges it changed nothing that could be measured. Where
-data is scarce (below some 4,000 tokens) or time is, `smoothquant_plus` is the better choice: it fits one number a
-layer, not a matrix.
+Smoothing is not part of it by default: on real language models it gained nothing after compensation with clipped
+ranges. It does where a few channels carry activations far larger, and weights far smaller, than the rest, because no
+range serves both; `alpha` puts it first. Where data is scarce (below some 4,000 tokens) or time is, `smoothquant_plus`
+is the better choice: it fits one number a layer, not a matrix.
 
 Reference:
     Li et al., GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration, 2025, for the third idea, in
     another form. https://arxiv.org/abs/2504.02692
 """
 
+from dataclasses import replace
+
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
 from planish.quant.methods.gptq import Compensate
+from planish.quant.methods.smoothquant_plus import Smooth
 
 
 def best(
@@ -35,6 +39,7 @@ def best(
     ragged: bool = False,
     scale_dtype: str = "float16",
     correct: float = 0.5,
+    alpha: float | None = None,
 ) -> Method:
     """Round with compensation, clipped ranges, and half of the incoming error undone.
 
@@ -45,6 +50,7 @@ def best(
         ragged: Allow a shorter last group.
         scale_dtype: See `planish.quant.Affine`.
         correct: See `planish.quant.methods.gptq.Compensate`.
+        alpha: Smooth first, with this strength in [0, 1] and by mean squares; default not at all.
 
     Returns:
         The method.
@@ -57,4 +63,7 @@ def best(
         True
     """
     grid = Affine(bits, group_size, symmetric, ragged, scale_dtype)
-    return Method("best", grid, round=Compensate(clip=True, correct=correct))
+    method = Method("best", grid, round=Compensate(clip=True, correct=correct))
+    if alpha is None:
+        return method
+    return replace(method, transform=Smooth(alpha, act_stat="rms", weight_stat="group_normalized"))
