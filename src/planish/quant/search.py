@@ -67,7 +67,7 @@ def search(
     Example:
         >>> import torch
         >>> from planish.quant import rtn
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 16))
         >>> search(model, [torch.randn(32, 64)], [rtn(bits=2, group_size=32), rtn(bits=8, group_size=32)]).best
         1
     """
