@@ -249,18 +249,19 @@ def _folds(report: Json) -> str:
     kinds = list(dict.fromkeys(kind for b in blocks for kind in b["folded"]))
     if not kinds:
         return ""
+    rest = "online" if report.get("online") else "dropped"  # what nothing could absorb
     rows = []
     for kind in kinds:
         cells = []
         for block in blocks:
             state = block["folded"].get(kind)
-            word = "left alone" if state is None else "folded" if state else "online"
+            word = "left alone" if state is None else "folded" if state else rest
             title = escape(f"{block['name']}, {kind}: {word}")
             cells.append(f'<i class="{word.partition(" ")[0]}" title="{title}"></i>')
         rows.append(f"<dt>{escape(kind)}</dt><dd>{''.join(cells)}</dd>")
     states = [state for b in blocks for state in b["folded"].values()]
     told = f"{sum(states)} of {len(states)} transforms cost nothing at run time: they are in the weights."
-    keys = '<span class="key fold">folded</span><span class="key on">online</span>'
+    keys = f'<span class="key fold">folded</span><span class="key on">{rest}</span>'
     return _section(
         "What was folded", f'<dl class="folds">{"".join(rows)}</dl><p class="legend">{keys}</p><p>{told}</p>'
     )

@@ -74,10 +74,10 @@ class SearchAlpha:
         curve = self._compare(walk, [plain, *(self._with(method, alpha=a) for a in self.grid)], "alpha")
         findings: dict[str, Any] = {
             "objective": self.objective,
-            "curve": [{"alpha": a, "loss": x} for a, x in zip((None, *self.grid), curve.losses, strict=True)],
+            "alpha": {"none" if a is None else a: x for a, x in zip((None, *self.grid), curve.losses, strict=True)},
         }
         if curve.best == 0 and self.granularity == "model":
-            return self._rounded(walk, plain, wanted, {**findings, "alpha": None, "loss": curve.losses[0]})
+            return self._rounded(walk, plain, wanted, {**findings, "chosen": None, "loss": curve.losses[0]})
         alpha = None if curve.best == 0 else self.grid[curve.best - 1]
         method, loss = replace(method, transform=replace(smooth, alpha=alpha)), curve.losses[curve.best]
         if self.granularity != "model":
@@ -86,7 +86,7 @@ class SearchAlpha:
             findings["kinds"] = dict(method.transform.exceptions)  # type: ignore[attr-defined]
         if self.granularity == "layer":
             method, loss = self._refine_layers(walk, method, loss)
-        return self._rounded(walk, method, wanted, {**findings, "alpha": alpha, "loss": loss})
+        return self._rounded(walk, method, wanted, {**findings, "chosen": alpha, "loss": loss})
 
     def _rounded(self, walk: Walk, method: Method, wanted: Method, findings: dict[str, Any]) -> Method:
         """Bring the wanted rounding step back if the whole model gains by it."""

@@ -78,6 +78,7 @@ class Report:
         bytes_after: Size of the quantized model.
         seconds: Wall time.
         left_in_float: Linear layers, and fused experts, that were not quantized, by name.
+        online: Whether transforms that no layer could absorb run at the layer's input; they are left out otherwise.
         search: What the search before the pass found (loss by alpha), if there was one.
     """
 
@@ -87,12 +88,15 @@ class Report:
     bytes_after: int = 0
     seconds: float = 0.0
     left_in_float: list[str] = field(default_factory=list)
+    online: bool = False
     search: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def start(cls, model: nn.Module, method: "Method") -> "Report":
         """Start the report of a pass."""
-        return cls(method=repr(method), bytes_before=model_bytes(model), search=dict(method.findings))
+        return cls(
+            method=repr(method), bytes_before=model_bytes(model), online=method.online, search=dict(method.findings)
+        )
 
     def add(self, entry: BlockReport) -> None:
         """Add a block."""
@@ -127,7 +131,9 @@ class Report:
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB",
         ]
         if folds:
-            lines.append(f"transforms folded {sum(folds)} of {len(folds)}, {len(folds) - sum(folds)} online")
+            refused = len(folds) - sum(folds)
+            rest = f", {refused} {'online' if self.online else 'left out'}" if refused else ""
+            lines.append(f"transforms folded {sum(folds)} of {len(folds)}{rest}")
         if self.blocks:
             last = self.blocks[-1]
             lines.append(f"relative error after the last block {last.error:.3g} ({last.sqnr:.1f} dB)")

@@ -88,7 +88,7 @@ def test_the_figures_are_those_of_the_report(page, report):
     assert f"{report['bytes_before'] / report['bytes_after']:.1f}&times; smaller" in text
     assert text.count('class="dot ours"') == 3 + 3 + 1  # blocks, finite points of the search, the loss
     assert "Least at alpha = 0.5." in text
-    assert text.count('<i class="folded"') == 4 and text.count('<i class="online"') == 2
+    assert text.count('<i class="folded"') == 4 and text.count('<i class="dropped"') == 2
     assert "4 of 6 transforms cost nothing" in text
     assert "lossless: " in text if ours["lossless"] else "the loss is real" in text
 
