@@ -316,21 +316,23 @@ def _table(evaluations: Mapping[str, Any], runs: Mapping[str, Any]) -> Table:
     def figure(part: Any, form: str) -> str:  # noqa: ANN401
         if part is None:
             return "-"
-        return f"{part.value:{form}}" + (f" \\[{part.low:{form}}, {part.high:{form}}]" if part.low == part.low else "")
+        return f"{part.value:{form}}" + (
+            f"\n[dim]{part.low:{form}} to {part.high:{form}}[/dim]" if part.low == part.low else ""
+        )
 
     def paired(key: str, form: str) -> Callable[[str, Any], str]:
         return lambda name, entry: "-" if name == "base" else figure(getattr(entry, key), form)
 
     row("perplexity", lambda _, e: figure(e.perplexity, ".2f"))
-    row("loss against float, nats/token", paired("difference", "+.3f"))
-    row("KL from float, nats/token", paired("kl", ".3f"))
-    row("same most probable token", paired("agreement", ".3f"))
+    row("loss, nats/token", paired("difference", "+.3f"))
+    row("KL, nats/token", paired("kl", ".3f"))
+    row("same top token", paired("agreement", ".3f"))
     row("smooth ECE", lambda _, e: "-" if e.smooth_ece is None else f"{e.smooth_ece:.4f}")
     row("size, MB", lambda _, e: f"{e.bytes / 1e6:.1f}")
-    row("reading, tokens/s", lambda _, e: f"{e.tokens_per_second:.0f}")
+    row("tokens/s read", lambda _, e: f"{e.tokens_per_second:.0f}")
     if runs:
         row("quantized in, s", lambda name, _: f"{runs[name].seconds:.1f}" if name in runs else "-")
-        row("peak memory meanwhile, GB", lambda name, _: f"{runs[name].peak_bytes / 1e9:.2f}" if name in runs else "-")
+        row("peak memory, GB", lambda name, _: f"{runs[name].peak_bytes / 1e9:.2f}" if name in runs else "-")
     return table
 
 

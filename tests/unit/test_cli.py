@@ -105,6 +105,31 @@ def test_inspect_and_export(small, tmp_path):
     assert json.loads(run("inspect", tmp_path / "ours", "--json").stdout)["layout"] == "planish"
 
 
+def test_the_demo_end_to_end(model, tmp_path, monkeypatch):
+    """On the tiny model in the place of the embedded one: the same steps, the same table."""
+    from planish.quant import demo, sources
+
+    monkeypatch.setattr(sources, "resolve", lambda name: model)
+    monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 256)
+    monkeypatch.setattr(demo, "EVALUATION_TOKENS", 512)
+    monkeypatch.setattr(demo, "LENGTH", 32)
+    out = tmp_path / "demo"
+    first = run("demo", out)
+    for words in ("perplexity", "KL, nats/token", "same top token", "size, MB", "quantized in, s", "peak memory, GB"):
+        assert words in first.stdout
+    table = first.stdout.partition("The capital")[0]
+    assert max(map(len, table.split("\n"))) <= 80
+    assert f"checkpoint {out}" in first.stdout and "The capital of France is" in first.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["evaluations"]) == ["base", "rtn", "best"] and report["subject"] == "best"
+    assert report["evaluations"]["base"]["tokens"] == 16 * 31
+    assert json.loads(run("inspect", out, "--json").stdout)["checked"] is True
+    run("demo", out)  # an earlier demonstration is replaced
+    (out / "mine.txt").mkdir()
+    assert "which holds mine.txt" in run("demo", out, code=2).stderr.replace("\n", " ")
+    assert (out / "report.json").is_file()
+
+
 def test_an_interrupted_run_goes_on(model, text, tmp_path, monkeypatch, small):
     from planish.quant import journal
 
