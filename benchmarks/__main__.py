@@ -26,6 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--only", help="only these subjects, ours or not, comma-separated full names; keeps no rows")
     parser.add_argument("--grids", help="only these grids: bits:group, comma-separated, as in 4:64,3:64,4:row")
+    parser.add_argument("--models", help="only models whose name holds one of these, comma-separated")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
     if os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
@@ -39,7 +40,9 @@ def main() -> None:
     module = importlib.import_module(f"benchmarks.{args.name}")
     only = None if args.only is None else tuple(args.only.split(","))
     grids = None if args.grids is None else tuple(_grid(text) for text in args.grids.split(","))
-    rows = list(module.rows(args.quick, against=against, only=only, grids=grids, fresh=args.fresh, skipped=skipped))
+    models = None if args.models is None else tuple(args.models.split(","))
+    part = {"against": against, "only": only, "grids": grids, "models": models}
+    rows = list(module.rows(args.quick, **part, fresh=args.fresh, skipped=skipped))
     if only is not None:  # a part, to fill the cache: the whole is what is published
         harness.show(rows)
         return

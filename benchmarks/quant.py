@@ -140,6 +140,7 @@ def rows(
     against: tuple[str, ...] | None = None,
     only: tuple[str, ...] | None = None,
     grids: tuple[tuple[int, int | None], ...] | None = None,
+    models: tuple[str, ...] | None = None,
     fresh: bool = False,
     skipped: dict[str, str] | None = None,
 ) -> Iterator[Row]:
@@ -150,6 +151,7 @@ def rows(
         against: Only rivals whose name holds one of these; None for all.
         only: Only the subjects with these names; None for all.
         grids: Only these (bits, group size); None for all.
+        models: Only models whose name holds one of these; None for both.
         fresh: Do not use what an earlier run left in the cache.
         skipped: Filled with who could not enter which case, and why.
     """
@@ -160,6 +162,8 @@ def rows(
     subjects = {n: s for n, s in chosen(against, only).items() if size.subjects is None or n in size.subjects}
     with torch.inference_mode():
         for encoder, model in ((False, LANGUAGE), (True, ENCODER)):
+            if models is not None and not any(part in model for part in models):
+                continue
             bench = Bench(size, encoder=encoder)
             for bits, group_size in size.grids:
                 yield from _case(bench, Case(model, bits, group_size), subjects, fresh=fresh, skipped=skipped)
