@@ -118,6 +118,15 @@ def open_model(path: str | Path) -> tuple[nn.Module, SafetensorsWeights | None]:
     Raises:
         CheckpointError: The directory holds no model, or a damaged one.
         MissingExtra: transformers is not installed.
+
+    Example:
+        >>> import tempfile, transformers
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
+        ...     transformers.GPT2LMHeadModel(config).save_pretrained(home)
+        ...     model, weights = open_model(home)
+        >>> model.lm_head.weight.device.type, type(weights).__name__
+        ('meta', 'SafetensorsWeights')
     """
     path = Path(path)
     transformers = require("transformers", "transformers", "open_model")
@@ -190,6 +199,18 @@ def assemble(
 
     Raises:
         CheckpointError: A block is not finished or damaged, or the target cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from planish.quant import Journal, load, quantize, rtn
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     model, journal = make(), Journal(home + "/work")
+        ...     _ = quantize(model, [torch.ones(4, 64)], rtn(group_size=32), journal=journal)
+        ...     layout = assemble(journal, model, home + "/small")
+        ...     twin = load(home + "/small", into=make())
+        >>> layout, torch.equal(twin(torch.ones(1, 64)), model(torch.ones(1, 64)))
+        ('planish', True)
     """
     journal.attach(model)
     return save(model, path, layout=layout, tokenizer=tokenizer, report=report)

@@ -61,6 +61,13 @@ class Method:
             checkpoint that stock engines do not read. Default False: such a transform is left out.
         feed: Which inputs the rounding step sees: "quantized" (what the blocks before really give) or "float".
         findings: What the plan found on its way (JSON-able), for the report.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from planish.quant import rtn
+        >>> from planish.quant.rounding import Clip
+        >>> replace(rtn(bits=3, group_size=64), round=Clip()).round
+        Clip(steps=20, least=0.5)
     """
 
     name: str = "rtn"

@@ -37,6 +37,11 @@ class QTensor:
         scale: Scales, (*rows, G).
         zero: Code that stands for zero, (*rows, G); None where the format fixes it.
         format: The format that made it.
+
+    Example:
+        >>> q = Affine(bits=4, group_size=2).encode(torch.tensor([[0.0, 15.0, -7.0, 8.0]]))
+        >>> q.codes.tolist(), q.scale.shape, q.decode().tolist()
+        ([[0, 15, 0, 15]], torch.Size([1, 2]), [[0.0, 15.0, -7.0, 8.0]])
     """
 
     codes: UInt8[Tensor, "*rows channels"]

@@ -80,6 +80,14 @@ class Report:
         left_in_float: Linear layers, and fused experts, that were not quantized, by name.
         online: Whether transforms that no layer could absorb run at the layer's input; they are left out otherwise.
         search: What the search before the pass found (loss by alpha), if there was one.
+
+    Example:
+        >>> import torch
+        >>> from planish.quant import quantize, rtn
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+        >>> report = quantize(model, [torch.ones(1, 64)], rtn(group_size=32))
+        >>> report.bytes_before, report.bytes_after, report.left_in_float
+        (10432, 1704, [])
     """
 
     method: str
