@@ -110,6 +110,7 @@ def quant(results: Results) -> str:
     told = [
         f"{HEADLINE}: {found['float']['kl']['note']}.",
         "Ours in bold. The gap is the log-likelihood that rounding to nearest (`rtn`) loses.",
+        "Seconds are of one run each on a machine that was doing other work; `python -m benchmarks cost` takes turns.",
         *(note for note in notes if note),
         *_missing(run, HEADLINE),
         _origin(run, "quant"),
