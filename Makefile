@@ -38,7 +38,8 @@ wheel: .venv/dev-ok   # build the wheel, and run the unit tests against it from 
 	$(PYTHON) -m venv .venv-wheel
 	$(PY) $(SITE) > "$$(.venv-wheel/bin/python $(SITE))/dependencies.pth"
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-installed dist/*.whl
-	cd .venv-wheel && CI=true bin/python -m pytest -q -p no:cacheprovider -c ../pyproject.toml ../tests/unit
+	cd .venv-wheel && CI=true bin/python -m pytest -q -p no:cacheprovider -c ../pyproject.toml ../tests/unit \
+		--ignore=../tests/unit/benchmarks  # benchmarks are no part of the wheel
 
 rivals: .venv-rivals/ok
 

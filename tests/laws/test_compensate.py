@@ -117,4 +117,4 @@ def test_refitted_scales_are_stationary_when_stored_exactly():
 
 def test_damping_must_be_positive():
     with pytest.raises(ValueError, match="damped: `damping` must be above zero; got 0."):
-        compensate.damped(torch.eye(2), 0)
+        compensate.damped(torch.eye(2), 0.0)

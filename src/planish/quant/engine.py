@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ class Method:
         return f"{self.name}({', '.join(parts)})"
 
 
+@runtime_checkable
 class Record(Protocol):
     """Where finished blocks and decisions are kept, so that an interrupted run goes on and ends with the same bytes.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -147,7 +147,7 @@ def _move_rows(rows: Tensor, heads: int) -> Tensor:
     return paired.transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _plain(name: str, tensor: Tensor) -> np.ndarray[Any, Any]:
+def _plain(name: str, tensor: Tensor) -> npt.NDArray[Any]:
     """Return a float tensor as float16 where it is one and is a matrix, else float32, never changed."""
     single = tensor.float()
     if not torch.equal(single.to(tensor.dtype), tensor) or not tensor.is_floating_point():

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from planish._support import bad, logger
 from planish.quant.precision import HALF, restore, widen
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Where the parameters of a model on the meta device come from: read when a block's turn comes, then let go."""
 

@@ -31,6 +31,13 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _inference():
+    """With gradients a layer runs on the reference, without on the compiled kernel: equal only to the last bits."""
+    with torch.no_grad():
+        yield
+
+
 def make(path, name="llama", dtype=torch.float32, shard="50GB"):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).to(dtype).eval()
@@ -109,7 +116,8 @@ def test_memory_is_three_blocks_and_inputs(tmp_path):
     whole = told["blocks"] * told["block"]
     resident, anonymous = told["quantizing"]
     # hidden states that enter and leave a block, in the float and in the quantized model: four times the inputs
-    allowed = 3 * told["block"] + told["rest"] + 4 * told["inputs"]
+    tensors = 3 * told["block"] + told["rest"] + 4 * told["inputs"]
+    allowed = 1.03 * tensors  # Python's own objects for 24 blocks, and pages begun; one block more would be 30 %
     assert max(resident, anonymous) <= allowed
     assert whole > 7 * allowed
     resident, anonymous = told["assembling"]
