@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 420, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 68, 10, 12, 44
 
 
 @dataclass(frozen=True)
