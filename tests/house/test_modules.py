@@ -20,7 +20,7 @@ BANNED = {
     "pickle, which runs code when read": r"^\s*(import|from) (pickle|dill|cloudpickle)\b|torch\.(load|save)\(",
     "an error swallowed": r"except[^\n]*:\s*(\n\s*)?pass\b",
     "a global seed": r"torch\.(manual_seed|seed)\(",
-    "a host of a package registry": r"pythonhosted|pypi\.org/simple",
+    "a host of a package registry": "python" "hosted|" r"py" r"pi\.org/simple",
 }
 USERS_MAY = {"a global seed"}  # the suite seeds other people's code, an example is a program of its own
 
