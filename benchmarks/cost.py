@@ -36,10 +36,8 @@ def rows(
     *,
     against: tuple[str, ...] | None = None,
     only: tuple[str, ...] | None = None,
-    grids: tuple[tuple[int, int | None], ...] | None = None,
-    models: tuple[str, ...] | None = None,
-    fresh: bool = False,
     skipped: dict[str, str] | None = None,
+    **_: object,
 ) -> Iterator[Row]:
     """Yield minimum, median and ratio to llm-compressor's AWQ of each subject's costs; nothing is read from a cache.
 
@@ -47,12 +45,9 @@ def rows(
         quick: One round on few tokens.
         against: Only rivals whose name holds one of these; None for all.
         only: Only the subjects with these names; None for all.
-        grids: Taken for the sake of one signature; the grid is 4 bits in groups of 64.
-        models: Taken for the sake of one signature; the model is the language model.
-        fresh: Taken for the sake of one signature; a cost is always measured anew.
         skipped: Filled with who could not run, and why.
+        **_: What other benchmarks are asked beside this: a cost has one grid and one model, and no cache.
     """
-    del fresh, grids, models
     skipped = {} if skipped is None else skipped
     shape, rounds = ((4, 128), 1) if quick else ((32, 512), 3)
     case = Case("SmolLM2-135M", 4, 64)

@@ -130,7 +130,7 @@ def test_one_pass_agrees_with_quantizing_once_a_candidate(objective, make):
             if isinstance(module, QLinear):
                 twin.set_submodule(name, module.dequantize())
         clean, hidden = ([hidden_after(m, b) for b in batches] for m in (model, twin))
-        assert found == pytest.approx(loss(walk.stream, clean, hidden, objective), rel=1e-5, abs=1e-7)
+        assert found == pytest.approx(loss(walk.stream, clean, hidden, objective), rel=1e-6)
 
 
 def test_dropping_hopeless_candidates_keeps_the_winner():
