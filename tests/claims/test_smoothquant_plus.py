@@ -219,7 +219,7 @@ def test_bad_arguments():
         ),
         (
             lambda: smoothquant_plus(objective="mse"),
-            "SearchAlpha: `objective` must be one of hidden_mse, kl, nll; got 'mse'.",
+            "SearchAlpha: `objective` must be None or one of hidden_mse, kl, nll; got 'mse'.",
         ),
         (lambda: smoothquant_plus(act_stat="p99"), "Smooth: `act_stat` must be one of absmax, mean, rms; got 'p99'."),
         (lambda: Smooth(exceptions=(("mlp", 2.0),)), "Smooth: `alpha` must be a float in [0, 1]; got 2.0."),
