@@ -99,7 +99,10 @@ class Compensate:
         else:
             gram = compensate.damped(collect(site.block, site), self.damping)
         order = gram.diagonal().argsort(descending=True, stable=True) if self.ordered else None
-        limits = best_limits(weight, method.weight, gram.diagonal()) if self.clip else method.weight.ranges(weight)
+        if self.clip:
+            limits = best_limits(weight, method.weight, gram.diagonal(), ends=True)
+        else:
+            limits = method.weight.ranges(weight)
         grid = compensate.Grid(method.weight, limits, weight.shape[1])
         codes = compensate.greedy(weight, gram, grid, order)
         for _ in range(self.rounds):
