@@ -203,9 +203,9 @@ class SmoothCalibrationDisplay:
         ax.add_collection(
             lines(ends, linewidths=1 + 3.5 * (weight[1:] + weight[:-1]) / 2, colors=color, capstyle="round", zorder=3)
         )
-        self._margin(ax, color)
+        margin = self._margin(ax, color)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        ax.legend(loc="upper left" if self._low_right() else "lower right", frameon=False, fontsize="small")
+        ax.legend(loc=margin.get_gid(), frameon=False, fontsize="small")
         self.ax_, self.figure_ = ax, ax.get_figure()
         self._titles()
         return self
@@ -215,23 +215,24 @@ class SmoothCalibrationDisplay:
         self.ax_.set(xlabel=f"Predicted probability{of}", ylabel=f"Observed frequency{of}")
 
     def _low_right(self) -> bool:
-        """Tell whether the upper left corner is freer than the lower right: the curve lies below the diagonal."""
+        """Tell whether the curve lies below the diagonal, so that the upper left corner is free."""
         gap = np.nan_to_num((self.prob_true - self.prob_pred) * self.density)
         return float(gap.sum()) <= 0
 
-    def _margin(self, ax: "Axes", color: Any) -> None:  # noqa: ANN401
+    def _margin(self, ax: "Axes", color: Any) -> "Axes":  # noqa: ANN401
         margin = next((child for child in ax.child_axes if child.get_label() == _MARGIN), None)
         if margin is None:
             margin = ax.inset_axes((0, 1.01, 1, 0.11), label=_MARGIN)
             margin.set(xlim=(0, 1), xticks=[], yticks=[])
             margin.patch.set_alpha(0)
+            margin.set_gid("upper left" if self._low_right() else "lower right")  # where the legend goes
             for side in ("left", "right", "top"):
                 margin.spines[side].set_visible(False)
         margin.fill_between(self.prob_pred, _height(self.density), color=color, alpha=0.35, linewidth=0)
         margin.plot(self.prob_pred, _height(self.density), color=color, linewidth=0.8)
         margin.set_ylim(0, 1.05)
+        return margin
 
 
 def _height(density: Array) -> Array:
-    """Return a height that leaves the rare visible beside the frequent."""
-    return np.sqrt(density / density.max())
+    return density / density.max()

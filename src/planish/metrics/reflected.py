@@ -127,8 +127,12 @@ def _values(c: Array) -> Array:
 
     Trapezoids over so many nodes, with the term for changes of sign in `error`, are exact to about 1e-9.
     """
-    cells = max(256, 4 << (len(c) - 1).bit_length())
+    cells = _cells(len(c))
     return np.fft.irfft(c, n=2 * cells)[: cells + 1] * (2 * cells)
+
+
+def _cells(kept: int) -> int:
+    return max(256, 4 << (kept - 1).bit_length())
 
 
 def absolute(nodes: Float[Tensor, " nodes"], bandwidth: float) -> Float[Tensor, ""]:
@@ -138,9 +142,13 @@ def absolute(nodes: Float[Tensor, " nodes"], bandwidth: float) -> Float[Tensor, 
     c = c[: modes(bandwidth, len(c))]
     k = torch.arange(len(c), dtype=c.dtype, device=c.device)
     damped = c * torch.exp(-((math.pi * bandwidth * k) ** 2) / 2)
-    cells = max(4096, 16 * len(c))
-    total: Tensor = torch.fft.irfft(damped.to(torch.complex128), n=2 * cells).abs().mean() * (2 * cells)
-    return total
+    cells = _cells(len(c))
+    q = torch.fft.irfft(damped.to(torch.complex128), n=2 * cells)[: cells + 1] * (2 * cells)
+    size = q.abs()
+    here = (q[1:] * q[:-1] < 0).nonzero()[:, 0]
+    a, b = size[here], size[here + 1]
+    total: Tensor = size.sum() - (size[0] + size[-1]) / 2 + ((a + b) / 6 - a * b / (a + b)).sum()
+    return total / cells
 
 
 def fixed_point(c: Array) -> float:

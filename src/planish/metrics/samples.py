@@ -26,7 +26,7 @@ class Samples(NamedTuple):
     @property
     def total(self) -> float:
         """The sum of the weights."""
-        return float(len(self.f)) if self.w is None else float(self.w.sum(dtype=torch.float64))
+        return float(len(self.f)) if self.w is None else float(self.w.detach().sum(dtype=torch.float64))
 
 
 def check_bandwidth(where: str, bandwidth: float | str) -> float | None:
@@ -146,7 +146,7 @@ def _within(where: str, name: str, values: Tensor, more: str = "") -> None:
     least, most = values.detach().aminmax()  # both NaN if there is one
     if not (float(least) >= 0 and float(most) <= 1):
         index = int((~((values >= 0) & (values <= 1))).nonzero()[0])
-        raise bad(where, name, f"in [0, 1]{more}", f"{float(values[index]):.6g} at index {index}")
+        raise bad(where, name, f"in [0, 1]{more}", f"{float(values.detach()[index]):.6g} at index {index}")
 
 
 def _warn_if_swapped(where: str, y: Tensor, f: Tensor) -> None:
