@@ -101,5 +101,7 @@ def rows(
             yield Row(case, subject, "time", statistics.median(times), "ms", low=min(times), high=max(times))
         if "relplot" in spent:
             ratios = [b / a for a, b in zip(spent["planish"], spent["relplot"], strict=True)]
-            yield Row(case, "planish", "time", statistics.median(ratios), "times faster", "relplot", min(ratios), max(ratios))
+            yield Row(
+                case, "planish", "time", statistics.median(ratios), "times faster", "relplot", min(ratios), max(ratios)
+            )
     torch.set_num_threads(threads)

@@ -29,7 +29,9 @@ def test_ranks_are_summed(tmp_path):
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     found = [float(rank.communicate(timeout=120)[0]) for rank in ranks]

@@ -89,7 +89,9 @@ def smooth_calibration_curve(
     return curve_of(samples, width, center=center, points=np.linspace(0, 1, n_points), cells=cells)
 
 
-def curve_of(samples: Samples, width: float | None, *, center: bool, points: Array, cells: int) -> SmoothCalibrationCurve:
+def curve_of(
+    samples: Samples, width: float | None, *, center: bool, points: Array, cells: int
+) -> SmoothCalibrationCurve:
     """Return the curve of checked samples at the given points."""
     c = spectra(samples, cells)
     _, s = of_spectrum(c[0], width)

@@ -1,6 +1,6 @@
 """The reliability diagram: what came true against what was predicted, and how sure of it one may be."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -8,7 +8,6 @@ import torch
 from planish._support import bad, require
 from planish.metrics import reflected
 from planish.metrics.assessment import CalibrationAssessment, assess_calibration
-from planish.metrics.reflected import Array
 from planish.metrics.samples import Label, Multiclass, Values
 
 if TYPE_CHECKING:
@@ -158,13 +157,20 @@ class SmoothCalibrationDisplay:
         if pos_label not in classes:
             raise bad("from_estimator", "pos_label", f"one of {classes.tolist()}", pos_label)
         outcome = labels == pos_label
-        display = cls.from_predictions(outcome, prob[:, int(np.flatnonzero(classes == pos_label)[0])], name=name, **kwargs)
+        display = cls.from_predictions(
+            outcome, prob[:, int(np.flatnonzero(classes == pos_label)[0])], name=name, **kwargs
+        )
         display.pos_label = pos_label
         display._titles()
         return display
 
     def plot(
-        self, *, ax: "Axes | None" = None, name: str | None = None, ref_line: bool = True, **kwargs: Any  # noqa: ANN401
+        self,
+        *,
+        ax: "Axes | None" = None,
+        name: str | None = None,
+        ref_line: bool = True,
+        **kwargs: Any,  # noqa: ANN401
     ) -> "SmoothCalibrationDisplay":
         """Draw it.
 
@@ -189,7 +195,9 @@ class SmoothCalibrationDisplay:
             ax.plot([0, 1], [0, 1], color="0.55", linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
         label = f"smECE {self.ece:.4f}"
         name = self.estimator_name if name is None else name
-        (self.line_,) = ax.plot(x, y, **{"linewidth": 1.0, "label": f"{name + ': ' if name else ''}{label}", "zorder": 3, **kwargs})
+        (self.line_,) = ax.plot(
+            x, y, **{"linewidth": 1.0, "label": f"{name + ': ' if name else ''}{label}", "zorder": 3, **kwargs}
+        )
         color = self.line_.get_color()
         if found.null_band is not None:
             p = f"p = {self.p_value:.3f}" if self.p_value >= 0.001 else "p < 0.001"
@@ -205,8 +213,10 @@ class SmoothCalibrationDisplay:
         )
         margin = self._margin(ax, color)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        ax.legend(loc=margin.get_gid(), frameon=False, fontsize="small")
-        self.ax_, self.figure_ = ax, ax.get_figure()
+        ax.legend(
+            loc="upper left" if margin.get_gid() == "upper left" else "lower right", frameon=False, fontsize="small"
+        )
+        self.ax_, self.figure_ = ax, cast("Figure", ax.get_figure())
         self._titles()
         return self
 
@@ -220,7 +230,7 @@ class SmoothCalibrationDisplay:
         return float(gap.sum()) <= 0
 
     def _margin(self, ax: "Axes", color: Any) -> "Axes":  # noqa: ANN401
-        margin = next((child for child in ax.child_axes if child.get_label() == _MARGIN), None)
+        margin = cast("Axes | None", next((m for m in ax.child_axes if m.get_label() == _MARGIN), None))
         if margin is None:
             margin = ax.inset_axes((0, 1.01, 1, 0.11), label=_MARGIN)
             margin.set(xlim=(0, 1), xticks=[], yticks=[])
@@ -228,11 +238,8 @@ class SmoothCalibrationDisplay:
             margin.set_gid("upper left" if self._low_right() else "lower right")  # where the legend goes
             for side in ("left", "right", "top"):
                 margin.spines[side].set_visible(False)
-        margin.fill_between(self.prob_pred, _height(self.density), color=color, alpha=0.35, linewidth=0)
-        margin.plot(self.prob_pred, _height(self.density), color=color, linewidth=0.8)
+        height = self.density / self.density.max()
+        margin.fill_between(self.prob_pred, height, color=color, alpha=0.35, linewidth=0)
+        margin.plot(self.prob_pred, height, color=color, linewidth=0.8)
         margin.set_ylim(0, 1.05)
         return margin
-
-
-def _height(density: Array) -> Array:
-    return density / density.max()

@@ -16,7 +16,7 @@ base = require("sklearn.base", "sklearn", "SmoothRecalibrator")
 validation = require("sklearn.utils.validation", "sklearn", "SmoothRecalibrator")
 
 
-class SmoothRecalibrator(base.TransformerMixin, base.BaseEstimator):  # type: ignore[misc]
+class SmoothRecalibrator(base.TransformerMixin, base.BaseEstimator):  # type: ignore[misc, name-defined]
     """Map predicted probabilities to the smoothed frequency of what came true, as a scikit-learn transformer.
 
     What is learnt is the correction t - mu(t) of the calibration curve, at the bandwidth of `smooth_ece`: a predictor

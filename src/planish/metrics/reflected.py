@@ -36,27 +36,29 @@ class _Deposit(torch.autograd.Function):
         ctx.cells = cells
         # whole[c, j]: sum of the values whose left node is j; right[c, j]: the part of it that goes to node j + 1
         whole, right = torch.zeros(2, 1 + mass, cells + 2, dtype=torch.float64, device=f.device).unbind()
-        step = CHUNK if f.device.type == "cpu" else len(f)
+        step = min(len(f), CHUNK) if f.device.type == "cpu" else len(f)
+        shares, gaps = torch.empty(2, step, dtype=torch.float64, device=f.device).unbind()  # reused by every chunk
+        nodes = torch.empty(step, dtype=torch.int64, device=f.device)
         for i in range(0, len(f), max(step, 1)):
-            part = f[i : i + step].double()
+            part, size = f[i : i + step].double(), min(step, len(f) - i)
             weight = None if w is None else w[i : i + step].double()
-            share = part * cells
-            left = share.long()  # truncates, and f >= 0
-            share -= left
-            residual = part - y[i : i + step].double()
+            share = torch.mul(part, cells, out=shares[:size])
+            left = nodes[:size].copy_(share)  # truncates, and f >= 0
+            share.frac_()
+            residual = torch.sub(part, y[i : i + step].double(), out=gaps[:size])
             columns = [residual if weight is None else residual.mul_(weight)]
             if mass:
                 columns.append(torch.ones_like(part) if weight is None else weight)
             for c, value in enumerate(columns):
                 whole[c].scatter_add_(0, left, value)
-                right[c].scatter_add_(0, left, value * share)
+                right[c].scatter_add_(0, left, value * share if c < mass else share.mul_(value))
         whole -= right
         whole[:, 1:] += right[:, :-1]
         return whole[:, : cells + 1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         f, y, *rest = ctx.saved_tensors
         w = rest[0].double() if rest else 1.0
         x = f.double() * ctx.cells

@@ -1,4 +1,4 @@
-"""What may be asked of a calibration measure: outcomes, probabilities and weights, checked in as few passes as it takes."""
+"""Outcomes, probabilities and weights: checked, in as few passes over them as it takes."""
 
 import warnings
 from collections.abc import Sequence

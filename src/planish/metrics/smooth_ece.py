@@ -27,8 +27,10 @@ Reference:
     https://arxiv.org/abs/2309.12236
 """
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -53,7 +55,7 @@ def smooth_ece(
 @overload
 def smooth_ece(
     y_true: Values,
-    y_prob: Values,
+    y_prob: npt.NDArray[Any] | Sequence[Any],
     *,
     sample_weight: Values | None = None,
     bandwidth: float | Literal["auto"] = "auto",

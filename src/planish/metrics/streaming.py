@@ -82,9 +82,9 @@ class SmoothECE(nn.Module):
         problems = check_samples("SmoothECE.update", target, preds, sample_weight, multiclass=self.multiclass)
         if len(problems) != len(self.sums):
             raise bad("SmoothECE.update", "preds", f"of {len(self.sums)} classes, as before", len(problems))
-        for row, samples in zip(self.sums, problems, strict=True):
+        for row, samples in enumerate(problems):
             nodes = reflected.deposit(samples.f, samples.y, samples.w, cells=self.n_grid, mass=False)
-            row += nodes[0].to(row.device)
+            self.sums[row] += nodes[0].to(self.sums.device)
         self.total += problems[0].total
 
     @torch.no_grad()

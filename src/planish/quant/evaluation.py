@@ -112,7 +112,8 @@ def _show(estimate: Estimate, form: str) -> str:
 
 def _calibration(found: CalibrationAssessment) -> dict[str, Any]:
     """Return an assessment as JSON-able values; the curve by rows: predicted, true, density, band, null band."""
-    columns = [found.curve.prob_pred, found.curve.prob_true, found.curve.density, *found.band or (), *found.null_band or ()]
+    curve, bands = found.curve, [*(found.band or ()), *(found.null_band or ())]
+    columns = [curve.prob_pred, curve.prob_true, curve.density, *bands]
     return {
         "floor": _or_none(found.floor),
         "p_value": _or_none(found.p_value),

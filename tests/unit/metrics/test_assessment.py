@@ -27,7 +27,9 @@ def test_p_values_of_calibrated_predictors_are_uniform():
     assert assess_calibration(*draw(500, 0, 2), n_bootstrap=0, n_null=99).p_value == 0.01
 
 
-@pytest.mark.claim("smooth_ece", "beyond the floor, sets of 300 and 30,000 samples agree (times nearer than the plain numbers)")
+@pytest.mark.claim(
+    "smooth_ece", "beyond the floor, sets of 300 and 30,000 samples agree (times nearer than the plain numbers)"
+)
 def test_sets_of_different_size_can_be_compared(record_claim):
     plain, beyond = [], []
     for n in (300, 30_000):

@@ -38,7 +38,9 @@ def test_labels_of_any_kind():
 
 
 def test_swapped_arguments_are_suspected():
-    with pytest.warns(PlanishWarning, match="every probability is 0 or 1 and `y_true` is not: are the arguments swapped"):
+    with pytest.warns(
+        PlanishWarning, match="every probability is 0 or 1 and `y_true` is not: are the arguments swapped"
+    ):
         smooth_ece([0.5, 0.5], [0, 1])
 
 
@@ -72,15 +74,30 @@ BAD = [
     ([0, 1], [0.5, 1.5], {}, "`y_prob` must be in [0, 1]; got '1.5 at index 1'"),
     ([0, 1], [-0.1, 0.5], {}, "`y_prob` must be in [0, 1]; got '-0.1 at index 0'"),
     ([0, 1], [math.nan, 0.5], {}, "`y_prob` must be in [0, 1]; got 'nan at index 0'"),
-    ([0, math.nan], [0.5, 0.5], {}, "`y_true` must be in [0, 1] or a label for which `pos_label` is given; got 'nan at"),
-    ([0, 2], [0.5, 0.5], {}, "`y_true` must be in [0, 1] or a label for which `pos_label` is given; got '2 at index 1'"),
+    (
+        [0, math.nan],
+        [0.5, 0.5],
+        {},
+        "`y_true` must be in [0, 1] or a label for which `pos_label` is given; got 'nan at",
+    ),
+    (
+        [0, 2],
+        [0.5, 0.5],
+        {},
+        "`y_true` must be in [0, 1] or a label for which `pos_label` is given; got '2 at index 1'",
+    ),
     (["a", "b"], [0.5, 0.5], {}, "`y_true` must be numbers, or labels for which `pos_label` is given"),
-    (["a", "b"], [0.5, 0.5], {"pos_label": "c"}, "`pos_label` must be one of at most two labels in `y_true` (['a', 'b'])"),
+    (
+        ["a", "b"],
+        [0.5, 0.5],
+        {"pos_label": "c"},
+        "`pos_label` must be one of at most two labels in `y_true` (['a', 'b'])",
+    ),
     ([0, 1, 2], [0.5, 0.5, 0.5], {"pos_label": 1}, "`pos_label` must be one of at most two labels"),
     ([0, 1], ["a", "b"], {}, "`y_prob` must be numbers"),
     ([0, 1], [[[0.5]], [[0.5]]], {}, "`y_prob` must be a vector, or a matrix with a column a class"),
     ([0, 1], [0.5, 0.5], {"bandwidth": 0.0}, '`bandwidth` must be "auto" or a float in (0, 1]; got 0.0'),
-    ([0, 1], [0.5, 0.5], {"bandwidth": "wide"}, '`bandwidth` must be "auto" or a float in (0, 1]; got \'wide\''),
+    ([0, 1], [0.5, 0.5], {"bandwidth": "wide"}, "`bandwidth` must be \"auto\" or a float in (0, 1]; got 'wide'"),
     ([0, 1], [0.5, 0.5], {"n_grid": 1000}, "`n_grid` must be a power of two in [256, 1048576]; got 1000"),
     ([0, 1], [0.5, 0.5], {"multiclass": "all"}, '`multiclass` must be "top_label" or "classwise"; got \'all\''),
     ([0, 1], [0.5, 0.5], {"sample_weight": [0, 0]}, "`sample_weight` must be one finite weight >= 0 a sample"),
@@ -89,7 +106,12 @@ BAD = [
     ([0, 1], [[0.5, 0.6], [0.5, 0.5]], {}, "`y_prob` must be rows that sum to 1; got '1.1 in row 0'"),
     ([0, 2], [[0.5, 0.5], [0.5, 0.5]], {}, "`y_true` must be class numbers in [0, 1]; got '2 at index 1'"),
     ([0], [[0.5, 0.5], [0.5, 0.5]], {}, "`y_true` must be one class number a row"),
-    ([0, 1], [[0.5, 0.5], [0.5, 0.5]], {"pos_label": 1}, "`pos_label` must be None where `y_prob` has a column a class"),
+    (
+        [0, 1],
+        [[0.5, 0.5], [0.5, 0.5]],
+        {"pos_label": 1},
+        "`pos_label` must be None where `y_prob` has a column a class",
+    ),
 ]
 
 
@@ -128,7 +150,9 @@ def test_metric_of_classes():
         metric = SmoothECE(multiclass=multiclass, n_classes=n)
         for rows in torch.arange(60).split(17):
             metric.update(prob[rows], label[rows])
-        assert float(metric.compute()) == pytest.approx(float(smooth_ece(label, prob, multiclass=multiclass)), abs=1e-12)
+        assert float(metric.compute()) == pytest.approx(
+            float(smooth_ece(label, prob, multiclass=multiclass)), abs=1e-12
+        )
 
 
 def test_bad_input_of_the_metric():
