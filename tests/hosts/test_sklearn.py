@@ -51,7 +51,7 @@ def test_recalibrates_what_was_not_seen():
 
 def test_leaves_alone_what_is_calibrated_or_unknown():
     f = np.linspace(0.3, 0.4, 1001)
-    y = np.random.default_rng(0).random(1001) < f
+    y = np.random.default_rng(0).random(1001) < f + 0.3
     model = SmoothRecalibrator(bandwidth=0.01).fit(f, y)
     assert np.allclose(model.transform([0.0, 0.9, 1.0]), [0, 0.9, 1], atol=1e-6)
 

@@ -78,7 +78,7 @@ def smooth_calibration_curve(
         >>> curve.prob_pred.tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
         >>> curve.prob_true.round(3).tolist()
-        [0.2, 0.342, 0.5, 0.658, 0.8]
+        [0.0, 0.323, 0.5, 0.677, 1.0]
     """
     where = "smooth_calibration_curve"
     width, cells = check_bandwidth(where, bandwidth), check_grid(where, n_grid)

@@ -40,7 +40,7 @@ class SmoothCalibrationDisplay:
         >>> y, f = [0, 1, 0, 1], [0.2, 0.4, 0.6, 0.8]
         >>> display = SmoothCalibrationDisplay.from_predictions(y, f, n_bootstrap=0, n_null=0, name="net")
         >>> display.ax_.get_xlabel(), display.line_.get_label()
-        ('Predicted probability', 'net: smECE 0.1000')
+        ('Predicted probability', 'net: smECE 0.1311')
     """
 
     line_: "Line2D"

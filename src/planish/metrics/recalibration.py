@@ -7,6 +7,7 @@ import torch
 
 from planish._support import bad, require
 from planish.metrics import reflected
+from planish.metrics.assessment import calibrated
 from planish.metrics.curve import at, spectra
 from planish.metrics.reflected import Array
 from planish.metrics.samples import Label, Samples, Values, check_bandwidth, check_grid, check_samples, one
@@ -16,12 +17,17 @@ base = require("sklearn.base", "sklearn", "SmoothRecalibrator")
 validation = require("sklearn.utils.validation", "sklearn", "SmoothRecalibrator")
 
 
+_ROUNDS = 10
+_DRAWS = 10  # of calibrated outcomes, for the noise
+
+
 class SmoothRecalibrator(base.TransformerMixin, base.BaseEstimator):  # type: ignore[misc, name-defined]
     """Map predicted probabilities to the smoothed frequency of what came true, as a scikit-learn transformer.
 
-    What is learnt is the correction t - mu(t) of the calibration curve, at the bandwidth of `smooth_ece`: a predictor
-    that is calibrated already stays nearly as it is, and so do probabilities far from all data. Unlike isotonic
-    regression the map has no steps, and unlike Platt's no form; it need not be monotone, so ranks may change a little.
+    What is learnt is the correction t - mu(t) of the calibration curve, at the bandwidth of `smooth_ece`; then that of
+    what was corrected, at its own, narrower one, until no more is left than noise would leave. A predictor that is
+    calibrated already stays as it is, and so do probabilities far from all data. Unlike isotonic regression the map
+    has no steps, and unlike Platt's no form; it need not be monotone, so ranks may change a little.
     Learn it on data that the predictor was not trained on.
 
     Args:
@@ -31,6 +37,7 @@ class SmoothRecalibrator(base.TransformerMixin, base.BaseEstimator):  # type: ig
 
     Attributes:
         bandwidth_: The bandwidth; the smooth calibration error before recalibration, where it was not given.
+        n_rounds_: How often it corrected; 0 where there was nothing beyond noise.
         prob_pred_: Probabilities at which the map is kept.
         prob_true_: What they are mapped to; between them the map is linear.
 
@@ -73,12 +80,24 @@ class SmoothRecalibrator(base.TransformerMixin, base.BaseEstimator):  # type: ig
         samples = one(check_samples(where, y, column, sample_weight, pos_label=self.pos_label), where)
         if bool((samples.y == samples.y[0]).all()):
             raise bad(where, "y", "outcomes of both classes", f"{len(column)} times the same")
-        c = spectra(Samples(samples.y, samples.f, samples.w), cells)
-        _, self.bandwidth_ = of_spectrum(c[0], width)
-        self.prob_pred_ = np.linspace(0, 1, 1025)
-        residual, density = at(c, self.bandwidth_, self.prob_pred_)
-        # a thousandth of a sample more, of residual 0: far from the data nothing is corrected
-        self.prob_true_ = (self.prob_pred_ - residual / (density + 1e-3 / len(column))).clip(0, 1)
+        self.prob_pred_ = np.linspace(0, 1, 4097)
+        self.prob_true_ = self.prob_pred_
+        generator = torch.Generator().manual_seed(0)
+        for round_ in range(_ROUNDS):
+            f = torch.from_numpy(np.interp(column, self.prob_pred_, self.prob_true_))
+            now = Samples(samples.y, f, samples.w)
+            c = spectra(now, cells)
+            error, s = of_spectrum(c[0], width)
+            if not round_:
+                self.bandwidth_ = s
+            noise = [of_spectrum(spectra(calibrated(now, generator), cells)[0], width)[0] for _ in range(_DRAWS)]
+            if error <= sum(noise) / _DRAWS:
+                break
+            residual, density = at(c, s, self.prob_pred_)
+            # a thousandth of a sample more, of residual 0: far from the data nothing is corrected
+            mended = (self.prob_pred_ - residual / (density + 1e-3 / len(column))).clip(0, 1)
+            self.prob_true_ = np.interp(self.prob_true_, self.prob_pred_, mended)
+        self.n_rounds_ = round_
         self.n_features_in_ = 1
         return self
 
