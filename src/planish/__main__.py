@@ -328,6 +328,7 @@ def _table(evaluations: Mapping[str, Any], runs: Mapping[str, Any]) -> Table:
     row("KL, nats/token", paired("kl", ".3f"))
     row("same top token", paired("agreement", ".3f"))
     row("smooth ECE", lambda _, e: "-" if e.smooth_ece is None else f"{e.smooth_ece:.4f}")
+    row("if calibrated", lambda _, e: "-" if e.calibration is None else f"{e.calibration.floor:.4f}")
     row("size, MB", lambda _, e: f"{e.bytes / 1e6:.1f}")
     row("tokens/s read", lambda _, e: f"{e.tokens_per_second:.0f}")
     if runs:
