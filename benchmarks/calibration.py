@@ -19,6 +19,7 @@ from benchmarks.harness import Row
 from planish.metrics import smooth_ece
 
 Array = npt.NDArray[np.float64]
+REUSE_MEMORY = False  # the allocator as it is in anybody's process
 
 
 def quadrature(y: Array, f: Array, s: float, points: int = 4001) -> float:
