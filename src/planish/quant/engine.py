@@ -25,6 +25,7 @@ from planish.quant.precision import Dense, restore, round_off
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
 from planish.quant.sites import Site, find_sites, is_linear, rebind, set_weight, stays_float, weight_of
+from planish.quant.snapshot import Snapshot, own
 from planish.quant.stream import Block, Stream, Weights, tensors_in
 from planish.quant.transforms import Transform
 
@@ -279,6 +280,9 @@ def quantize(
 ) -> Report:
     """Quantize a model's linear layers in place, block by block, and say what was done.
 
+    An exception on the way leaves the model as it was (experts kept as one tensor come apart into linears even so);
+    therefore a model in memory keeps its float weights until the last block is done.
+
     Args:
         model: Any module; its blocks are found. Layers outside the blocks, and those that `skip` names, stay in float.
         batches: Calibration data: any iterable of what the model takes (tensors, tuples, or dicts such as
@@ -319,12 +323,23 @@ def quantize(
 
 def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
     """Plan, then process block after block; those that the journal holds are put in place instead."""
-    model, stream, journal = walk.model, walk.stream, walk.journal
+    model = walk.model
     method = method.plan(walk, method)
     report = Report.start(model, method)
+    with Snapshot(model) as before:
+        _process_blocks(walk, method, report, before)
+    report.finish(model, seconds=time.perf_counter() - began)
+    return report
+
+
+def _process_blocks(walk: Walk, method: Method, report: Report, before: Snapshot) -> None:
+    """Process block after block in place, or take them from the journal."""
+    stream, journal = walk.stream, walk.journal
     clean = hidden = stream.start()  # what enters a block in the float model, and in the quantized one
     for index in range(len(stream.modules)):
         block = stream.block(index, clean)
+        if stream.weights is None:
+            own(block.module)
         check_layers(block, walk.skipped(block.name), method)
         sites = walk.sites(block)  # of a restored block too: later ones reuse what the first of a shape showed
         entry = kept = journal.restore(index, block) if journal else None
@@ -346,6 +361,7 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
         hidden = list(block.run(hidden))
         entry.finish(block, clean, hidden)
         settle(block)
+        before.release(walk.model)
         restore(block.module, block.stored)
         if journal:
             if kept is None:
@@ -353,8 +369,6 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
             stream.release(index)  # without a journal the quantized layers are nowhere else
         report.add(entry)
         walk.progress("quantize", index + 1, len(stream.modules))
-    report.finish(model, seconds=time.perf_counter() - began)
-    return report
 
 
 def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -> None:

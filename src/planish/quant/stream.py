@@ -171,10 +171,9 @@ class Stream:
         return self._wrap(state)
 
     def _learn_wrapping(self, state: Tensor, context: dict[str, Any]) -> None:
-        block = self.block(0, [state])
-        hidden = _to(state, self.device, torch.float32)
-        output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
-        self.put_back(block, 0)
+        with self.looking(0, [state]) as block:
+            hidden = _to(state, self.device, torch.float32)
+            output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
         if isinstance(output, tuple):
             rest = output[1:]
             self._wrap = lambda hidden: (hidden, *rest)
@@ -219,10 +218,15 @@ class Stream:
         block.stored = widen(module)
         return block
 
-    def put_back(self, block: Block, index: int) -> None:
-        """Give back a block that was only looked at."""
-        restore(block.module, block.stored)
-        self.release(index)
+    @contextmanager
+    def looking(self, index: int, inputs: list[Any]) -> Iterator[Block]:
+        """Lend block `index`, which is only looked at; it is given back whatever happens meanwhile."""
+        block = self.block(index, inputs)
+        try:
+            yield block
+        finally:
+            restore(block.module, block.stored)
+            self.release(index)
 
     def release(self, index: int) -> None:
         """Let go of a block's weights, once they are written, when they came from disk."""
