@@ -240,7 +240,8 @@ def place(block: Block, layers: dict[str, nn.Module]) -> None:
         block.finished[name] = layer
         stand_in: nn.Module = layer
         if isinstance(layer, QLinear) and layer.act is None:
-            stand_in = layer.dequantize()
+            dtype = weight_of(block.module.get_submodule(name)).dtype
+            stand_in = layer.dequantize(dtype).to(dtype)  # scales may be wider than the block
             stand_in.__class__ = Dense
         block.module.set_submodule(name, stand_in)
 

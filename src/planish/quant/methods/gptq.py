@@ -89,7 +89,7 @@ class Compensate:
         """Round the site's weights; layers that share an input are rounded as one matrix."""
         names = list(site.consumers)
         sizes = [site.weights[n].shape[0] for n in names]
-        weight = torch.cat([site.weights[n].float() for n in names])
+        weight = torch.cat([site.weights[n] for n in names])
         if self.correct and site.block.twin is not None and not site.split:
             raw, mixed = cross_gram(site.block, site, site.block.twin, rebind(site, site.block.twin))
             gram = compensate.damped(raw, self.damping)
