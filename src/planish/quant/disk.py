@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from planish._support import CheckpointError, bad, require
 from planish.quant import files
-from planish.quant.checkpoint import save
+from planish.quant.checkpoint import round_kept, save
 from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
 from planish.quant.report import Report
@@ -181,6 +181,7 @@ def assemble(
     layout: str = "auto",
     tokenizer: Any | None = None,  # noqa: ANN401  (any transformers tokenizer or processor)
     report: Report | None = None,
+    kept: torch.dtype | None = None,
 ) -> str:
     """Write the checkpoint of a model whose finished blocks lie in a journal; the model can be run afterwards.
 
@@ -193,6 +194,7 @@ def assemble(
         layout: See `planish.quant.save`.
         tokenizer: See `planish.quant.save`.
         report: See `planish.quant.save`.
+        kept: See `planish.quant.save`; values are rounded to it first, in the model too.
 
     Returns:
         The layout that was written.
@@ -213,7 +215,9 @@ def assemble(
         ('planish', True)
     """
     journal.attach(model)
-    return save(model, path, layout=layout, tokenizer=tokenizer, report=report)
+    if kept is not None:
+        round_kept(model, kept)
+    return save(model, path, layout=layout, tokenizer=tokenizer, report=report, kept=kept)
 
 
 def _slots(model: nn.Module) -> dict[str, Tensor]:
