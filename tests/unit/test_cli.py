@@ -115,7 +115,14 @@ def test_the_demo_end_to_end(model, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "LENGTH", 32)
     out = tmp_path / "demo"
     first = run("demo", out)
-    for words in ("perplexity", "KL, nats/token", "same top token", "in memory, MB", "quantized in, s", "peak memory, GB"):
+    for words in (
+        "perplexity",
+        "KL, nats/token",
+        "same top token",
+        "in memory, MB",
+        "quantized in, s",
+        "peak memory, GB",
+    ):
         assert words in first.stdout
     table = first.stdout.partition("The capital")[0]
     assert max(map(len, table.split("\n"))) <= 80

@@ -59,7 +59,8 @@ def save(
     Raises:
         ValueError: `layout` is unknown; the model has no quantized layers and `rounded` is True, or has some and
             `rounded` is False; `kept` is not a half precision.
-        CheckpointError: The layout asked for, or `kept`, cannot hold a layer; the target exists; the disk is full or read-only.
+        CheckpointError: The layout asked for, or `kept`, cannot hold a layer; the target exists; the disk is
+            full or read-only.
 
     Example:
         >>> import tempfile, torch

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish._support import CheckpointError, bad, require
+from planish._support import CheckpointError, bad, release_memory, require
 from planish.quant import files
 from planish.quant.checkpoint import round_kept, save
 from planish.quant.journal import Journal
@@ -97,6 +97,7 @@ class SafetensorsWeights:
             for last, buffer in part._buffers.items():
                 if buffer is not None and last not in part._non_persistent_buffers_set:
                     part._buffers[last] = buffer.to("meta")
+        release_memory()
 
     def _set(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """Put a parameter into a module, and wherever else it is tied to."""

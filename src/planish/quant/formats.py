@@ -244,7 +244,8 @@ class FP4(Format):
         if x.shape[-1] % self.group_size:
             other = f"a divisor of {x.shape[-1]}"
             raise _no_division("FP4", x.shape[-1], self.group_size, f" or {other}", other)
-        return x.unflatten(-1, (-1, self.group_size))
+        grouped: Tensor = x.unflatten(-1, (-1, self.group_size))
+        return grouped
 
     def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
         """Round to the grid; see `Format.encode`."""

@@ -168,7 +168,7 @@ def _mean_outer(site: "Site", *streams: Iterator[Float[Tensor, "tokens channels"
         totals = totals or [x.new_zeros(x.shape[-1], x.shape[-1]) for _ in parts]
         for total, part in zip(totals, parts, strict=True):
             if len(x):
-                total += _outer(part, x)
+                total.add_(_outer(part, x))
         count += len(x)
     if not count:
         raise RuntimeError(f"site {site.kind}: no token enters it")

@@ -86,7 +86,9 @@ class Block:
         """Return the block's output for one batch."""
         if self.first is None:
             return first_tensor(call_model(self.module, moved_to(hidden, self.device, torch.float32)))
-        return first_tensor(self.module(**{self.first: moved_to(hidden, self.device)}, **moved_to(context, self.device)))
+        return first_tensor(
+            self.module(**{self.first: moved_to(hidden, self.device)}, **moved_to(context, self.device))
+        )
 
 
 class Stream:
@@ -368,5 +370,3 @@ def kept(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the values of tokens that count, (tokens, channels): all but the padded ones."""
     rows = values.reshape(-1, values.shape[-1])
     return rows if mask is None or mask.numel() != rows.shape[0] else rows[mask.reshape(-1).to(rows.device)]
-
-

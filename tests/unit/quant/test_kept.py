@@ -119,6 +119,8 @@ def test_refusals(tmp_path):
         round_kept(model, torch.float64)
     before = model[1].weight.detach().clone()
     model[1].weight.data[0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"`model` must be one whose values fit float16; got 'larger ones in `1.weight`"):
+    with pytest.raises(
+        ValueError, match=r"`model` must be one whose values fit float16; got 'larger ones in `1.weight`"
+    ):
         round_kept(model, torch.float16)
     assert torch.equal(model[1].weight[1:], before[1:])

@@ -19,7 +19,7 @@ checkpoint's layout as it is; layers of a block are rounded in order of executio
 ones before it make. Beyond it, and used by `best`: a second kind of pass that moves single codes to their optimum,
 scales solved for the codes, and the quadratic's target moved to what the float model's inputs would have given.
 
-When to use: as the rounding step after smoothing, with some 8,000 tokens of data (what it is measured with) or more: it overfits on few.
+When to use: as the rounding step after smoothing, with 8,192 tokens of data (as it is measured) or more.
 
 Reference:
     Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022.
