@@ -51,9 +51,8 @@ def float_output(model: torch.nn.Module, batches: list[Tensor]) -> list[Tensor]:
     stream = Walk(model, batches).stream
     hidden = stream.start()
     for index in range(len(stream.modules)):
-        block = stream.block(index, hidden)
-        hidden = list(block.run())
-        stream.put_back(block, index)
+        with stream.looking(index, hidden) as block:
+            hidden = list(block.run())
     return hidden
 
 

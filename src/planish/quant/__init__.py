@@ -6,7 +6,7 @@ leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare 
 
 from collections.abc import Callable
 
-from planish.quant.checkpoint import inspect, load, save
+from planish.quant.checkpoint import inspect, load, round_kept, save
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.evaluation import Evaluation, compare, evaluate
@@ -55,6 +55,7 @@ __all__ = [
     "load",
     "open_model",
     "quantize",
+    "round_kept",
     "rtn",
     "save",
     "search",

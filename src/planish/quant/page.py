@@ -105,7 +105,16 @@ def _figures(report: Json) -> str:
     base, (_, ours) = (report.get("evaluations") or {}).get("base") or {}, _subject(report)
     cards: list[tuple[str, str, str]] = []
     if before and after:
-        cards.append((f"{after / 1e6:,.1f} MB", f"from {before / 1e6:,.1f} MB", f"{before / after:.1f}&times; smaller"))
+        cards.append(
+            (
+                f"{after / 1e6:,.1f} MB",
+                f"in memory, from {before / 1e6:,.1f} MB",
+                f"{before / after:.1f}&times; smaller",
+            )
+        )
+    if stored := report.get("bytes_stored"):
+        told = escape(report.get("stored_as") or "the checkpoint's tensors")
+        cards.append((f"{stored / 1e6:,.1f} MB", "on disk", told))
     if base.get("perplexity") and ours.get("perplexity"):
         old, new = base["perplexity"][0], ours["perplexity"][0]
         if old is not None and new is not None:

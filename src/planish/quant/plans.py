@@ -204,10 +204,9 @@ def _visit(walk: Walk, look: Callable[[Any, Any], None], *, measured: bool) -> N
     stream = walk.stream
     clean = stream.start()
     for index in range(len(stream.modules)):
-        block = stream.block(index, clean)
-        sites = walk.sites(block)
-        clean = measure(block, sites) if measured else list(block.run())
-        look(sites, block)
-        stream.put_back(block, index)
+        with stream.looking(index, clean) as block:
+            sites = walk.sites(block)
+            clean = measure(block, sites) if measured else list(block.run())
+            look(sites, block)
         if measured:
             walk.progress("propose", index + 1, len(stream.modules))
