@@ -17,10 +17,10 @@ from benchmarks import data
 from benchmarks.driver import load_model
 from benchmarks.harness import Row
 from planish.quant import search, smoothquant_plus
+from planish.quant.candidates import loss
 from planish.quant.engine import Walk, process
 from planish.quant.moments import measure
 from planish.quant.precision import restore, round_off
-from planish.quant.search import loss
 
 GRID = tuple(i / 20 for i in range(21))
 DROP = 2.0

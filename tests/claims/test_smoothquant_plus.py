@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from planish.quant import QLinear, quantize, rtn, search, smoothquant_plus
+from planish.quant.candidates import loss
 from planish.quant.engine import Method, Walk, no_transform
 from planish.quant.formats import Affine
 from planish.quant.methods.smoothquant_plus import Smooth
 from planish.quant.moments import measure
-from planish.quant.search import loss
 
 transformers = pytest.importorskip("transformers")
 plant_outliers = runpy.run_path(str(Path(__file__).parents[1] / "planted.py"))["plant_outliers"]

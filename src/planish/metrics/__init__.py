@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from planish.metrics.assessment import CalibrationAssessment, assess_calibration
 from planish.metrics.curve import SmoothCalibrationCurve, smooth_calibration_curve
 from planish.metrics.display import SmoothCalibrationDisplay
-from planish.metrics.smooth_ece import smooth_ece
+from planish.metrics.score import smooth_ece
 from planish.metrics.streaming import SmoothECE
 
 if TYPE_CHECKING:

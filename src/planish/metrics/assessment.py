@@ -30,7 +30,7 @@ from planish.metrics.samples import (
     check_samples,
     one,
 )
-from planish.metrics.smooth_ece import of_spectrum
+from planish.metrics.score import of_spectrum
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from planish.metrics.assessment import calibrated
 from planish.metrics.curve import at, spectra
 from planish.metrics.reflected import Array
 from planish.metrics.samples import Label, Samples, Values, check_bandwidth, check_grid, check_samples, one
-from planish.metrics.smooth_ece import of_spectrum
+from planish.metrics.score import of_spectrum
 
 base = require("sklearn.base", "sklearn", "SmoothRecalibrator")
 validation = require("sklearn.utils.validation", "sklearn", "SmoothRecalibrator")

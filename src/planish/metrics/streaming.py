@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from planish._support import bad
 from planish.metrics import reflected
 from planish.metrics.samples import Multiclass, Values, check_bandwidth, check_grid, check_samples
-from planish.metrics.smooth_ece import of_spectrum
+from planish.metrics.score import of_spectrum
 
 
 class SmoothECE(nn.Module):

@@ -6,6 +6,7 @@ leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare 
 
 from collections.abc import Callable
 
+from planish.quant.candidates import search
 from planish.quant.checkpoint import inspect, load, round_kept, save
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
@@ -19,7 +20,6 @@ from planish.quant.methods.gptq import gptq
 from planish.quant.methods.rtn import rtn
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
 from planish.quant.report import Report
-from planish.quant.search import search
 from planish.quant.transcode import export
 
 METHODS: dict[str, Callable[..., Method]] = {

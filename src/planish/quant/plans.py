@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from planish._support import bad
+from planish.quant.candidates import OBJECTIVES, Choice, compare
 from planish.quant.engine import Method, Walk, no_transform
 from planish.quant.local import SiteError
 from planish.quant.moments import measure
 from planish.quant.rounding import Nearest
-from planish.quant.search import OBJECTIVES, Choice, compare
 
 GRANULARITIES = ("model", "kind", "layer")
 
