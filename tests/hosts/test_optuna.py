@@ -100,7 +100,7 @@ def test_workers_share_probes_and_finalists(storage, tmp_path):
     assert sorted(found, key=key) == sorted(alone, key=key)  # two whole batches of four
     counts = probed(tmp_path)
     assert len(counts) == 24  # two batches of twelve
-    assert sum(counts.values()) <= 28  # both may be at one candidate now and then, not all along
+    assert sum(counts.values()) <= 30  # both may end up at one candidate now and then; apart they would make 48
 
 
 def test_a_killed_study_goes_on(tmp_path):

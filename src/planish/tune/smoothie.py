@@ -191,17 +191,21 @@ class SmoothieSampler(optuna.samplers.BaseSampler):
         drawn = self._draw(study, trial, space, key, batch)
         start = trial.number * len(drawn) // self._n_finalists  # workers that start together begin at different places
         names = [f"smoothie:{key}:{batch}:{i}" for i in range(len(drawn))]
-        for step in range(len(drawn)):
-            i = (start + step) % len(drawn)
-            if names[i] in storage.get_study_system_attrs(study_id):
-                continue
+        order = [(start + step) % len(drawn) for step in range(len(drawn))]
+        while True:
+            known = storage.get_study_system_attrs(study_id)
+            left = [i for i in order if names[i] not in known]
+            if not left:
+                break
+            # First what nobody has begun; what was begun and not finished may belong to a worker that was killed.
+            i = next((i for i in left if f"{names[i]}:begun" not in known), left[0])
+            storage.set_study_system_attr(study_id, f"{names[i]}:begun", trial.number)
             score = float(self._probe(dict(drawn[i])))
             if not math.isfinite(score):
                 warn_once(f"SmoothieSampler: the probe of {drawn[i]} gave {score}; the candidate is skipped.")
             internal = {name: space[name].to_internal_repr(value) for name, value in drawn[i].items()}
             kept = score if math.isfinite(score) else None
             storage.set_study_system_attr(study_id, names[i], {"params": internal, "score": kept})
-        known = storage.get_study_system_attrs(study_id)
         rows = [known[name] for name in names]
         return [(row["params"], math.nan if row["score"] is None else row["score"]) for row in rows]
 
