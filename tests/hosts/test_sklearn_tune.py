@@ -96,7 +96,7 @@ def test_finalists_are_those_with_the_largest_score():
     X, y = table()
     search = SmoothieSearchCV(logistic(), C, n_candidates=10, n_finalists=3, random_state=0).fit(X, y)
     known = search.candidates_
-    expected = set(np.argsort(-known["smoothness"])[:3].tolist())
+    expected = set(np.argsort(-known["smoothness"], kind="stable")[:3].tolist())
     assert set(np.flatnonzero(known["is_finalist"]).tolist()) == expected
     train, _ = next(iter(search._checked_cv_orig.split(X, y)))
     first = known["params"][0]
@@ -108,7 +108,7 @@ def test_finalists_are_those_with_the_largest_score():
         X, y
     )
     assert set(np.flatnonzero(smallest.candidates_["is_finalist"]).tolist()) == set(
-        np.argsort(known["smoothness"])[:3].tolist()
+        np.argsort(known["smoothness"], kind="stable")[:3].tolist()
     )
 
 
