@@ -1,8 +1,8 @@
 """Which settings of a method? Thirty are rounded cheaply and looked at, five are fitted in full and measured.
 
 The probe only smooths and rounds to nearest, and asks how rough the change of the network's output is along random
-directions of its input; the less, the better. The objective fits `best` with the same settings and measures the output's
-error on points that calibration did not see. The study keeps both, so one can see whether the probe knew anything.
+directions of its input; the less, the better. The objective fits `best` with the same settings and measures the error
+of its output on points that calibration did not see. The study keeps both, so one sees whether the probe knew anything.
 """
 
 import copy
@@ -38,7 +38,7 @@ def small(method: planish.quant.Method) -> nn.Module:
 
 
 def roughness(params: dict) -> float:
-    twin = small(smoothquant_plus(params["alpha"], bits=3, group_size=params["group_size"]))
+    twin = small(smoothquant_plus(params["alpha"], bits=3, group_size=32, symmetric=params["symmetric"]))
 
     @torch.no_grad()
     def change(x: torch.Tensor) -> torch.Tensor:
@@ -49,20 +49,20 @@ def roughness(params: dict) -> float:
 
 def objective(trial: optuna.Trial) -> float:
     alpha, correct = trial.suggest_float("alpha", 0.0, 1.0), trial.suggest_float("correct", 0.0, 1.0)
-    group_size = trial.suggest_categorical("group_size", [16, 32, 64])
-    twin = small(best(bits=3, group_size=group_size, alpha=alpha, correct=correct))
+    symmetric = trial.suggest_categorical("symmetric", [False, True])
+    twin = small(best(bits=3, group_size=32, symmetric=symmetric, alpha=alpha, correct=correct))
     return planish.evaluate(twin, fresh.split(256), model).relative_error.value
 
 
 space = {
     "alpha": optuna.distributions.FloatDistribution(0.0, 1.0),
     "correct": optuna.distributions.FloatDistribution(0.0, 1.0),
-    "group_size": optuna.distributions.CategoricalDistribution((16, 32, 64)),
+    "symmetric": optuna.distributions.CategoricalDistribution((False, True)),
 }
 sampler = SmoothieSampler(roughness, space, n_candidates=30, n_finalists=5, keep="smallest", seed=0)
 study = optuna.create_study(sampler=sampler)  # with storage=..., workers share it, and it survives being killed
 study.optimize(objective, n_trials=5)
-plain = planish.evaluate(small(best(bits=3, group_size=64)), fresh.split(256), model).relative_error.value
+plain = planish.evaluate(small(best(bits=3, group_size=32)), fresh.split(256), model).relative_error.value
 print(f"untuned: error {plain:.4f}")
 for trial in study.trials:
     settings = ", ".join(f"{k}={v:.2g}" for k, v in trial.params.items())
