@@ -35,7 +35,7 @@ def _scaler(name: str) -> Any:  # noqa: ANN401
     return made[name]()
 
 
-def _learner(kind: str, params: Params, seed: int, epochs: int) -> Any:  # noqa: ANN401
+def _learner(kind: str, params: Params, seed: int, epochs: int, rows: int) -> Any:  # noqa: ANN401
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
     from sklearn.naive_bayes import GaussianNB  # noqa: PLC0415
     from sklearn.neural_network import MLPClassifier  # noqa: PLC0415
@@ -47,7 +47,7 @@ def _learner(kind: str, params: Params, seed: int, epochs: int) -> Any:  # noqa:
         return GaussianNB(var_smoothing=params["var_smoothing"])
     layers = (params["n_units"],) * params["n_layers"]
     return MLPClassifier(
-        layers, solver="sgd", learning_rate_init=0.01, batch_size=128, max_iter=epochs, n_iter_no_change=epochs,
+        layers, solver="sgd", learning_rate_init=0.01, batch_size=min(128, rows), max_iter=epochs, n_iter_no_change=epochs,
         tol=0.0, random_state=seed,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ class Bench:
         from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
 
         scaler = _scaler(params["scaler"]).fit(self.X)
-        model = _learner(self.kind, params, self.seed, epochs)
+        model = _learner(self.kind, params, self.seed, epochs, len(self.X))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(scaler.transform(self.X), self.y)
