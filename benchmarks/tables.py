@@ -21,6 +21,7 @@ PAGES = (
     "docs/index.md",
     "docs/papers/smoothquant_plus.md",
     "docs/papers/smooth_ece.md",
+    "docs/papers/smoothie_hpo.md",
     "docs/jobs/quantize.md",
     "docs/reference/cli.md",
 )
@@ -205,6 +206,45 @@ def calibration(results: Results) -> str:
     return f"{first}\n{second}\nMedians of turns in one process, one thread. {_origin(run, 'calibration')}\n"
 
 
+def tune(results: Results) -> str:
+    """Return what each way of choosing settings gives, over the tables of one kind, for each learner."""
+    run = results.newest("tune")
+    if run is None:
+        return _unmeasured("tune")
+    parts = []
+    for case in dict.fromkeys(row["case"] for row in run["rows"] if row["metric"] == "mean rank"):
+        here = [row for row in run["rows"] if row["case"] == case]
+        apart = {(r["subject"], r["metric"]): r for r in here if r["baseline"]}
+        lines = []
+        for name in dict.fromkeys(row["subject"] for row in here if row["metric"] == "mean rank"):
+            rows = {r["metric"]: r for r in here if r["subject"] == name and not r["baseline"]}
+            gap = {metric: apart[name, metric] for subject, metric in apart if subject == name}
+            won = "-"
+            if gap:
+                won = f"{gap['tables won']['value']:.0f} : {gap['tables lost']['value']:.0f}"
+            lines.append(
+                (
+                    f"**{name}**" if name.startswith("SMOOTHIE") else name,
+                    _value(rows, "test AUC", ".3f"),
+                    _value(gap, "test AUC difference", "+.3f", interval=True),
+                    won,
+                    _value(rows, "mean rank", ".1f"),
+                    _value(rows, "processor time", ".2f"),
+                )
+            )
+        told = {r["metric"]: r for r in here if r["subject"] in ("smoothness", "all methods")}
+        header = ("", "test AUC", "less that of random 5 [95 %]", "won : lost", "mean rank", "s")
+        told_rank = _value(told, "rank correlation with test AUC", ".2f", interval=True)
+        friedman = f"; Friedman p {_value(told, 'Friedman p', '.2g')}" if "Friedman p" in told else ""
+        parts.append(
+            f"{case[0].upper()}{case[1:]}.\n\n{table(header, lines)}\n"
+            f"Rank correlation of S with the test AUC over all 30: {told_rank}{friedman}.\n\n"
+        )
+    out = f"Could not enter: {', '.join(run['skipped'])}. " if run["skipped"] else ""
+    won = "Tables won or lost: those whose own interval of paired differences leaves out zero."
+    return f"{''.join(parts)}{won} {out}{_origin(run, 'tune')}\n"
+
+
 def claims(results: Results, paper: str) -> str:
     """Return the claims of one paper that tests assert, with what was measured and what was needed."""
     kept = json.loads(results.claims.read_text(encoding="utf-8")) if results.claims.exists() else []
@@ -254,6 +294,7 @@ def render(name: str, results: Results) -> str:
         "cost": lambda: cost(results),
         "search": lambda: search(results),
         "calibration": lambda: calibration(results),
+        "tune": lambda: tune(results),
         "claims": lambda: claims(results, rest),
         "cli": cli,
     }

@@ -95,8 +95,29 @@ def test_the_search(results):
     assert told[2:4] == ["| naive | 0.5 | - | 100 | - |", "| one pass | 0.45 | 1e-05 | 25 | 0.25 |"]
 
 
+def test_the_tuner(results):
+    rows = [
+        Row("net, standard", "SMOOTHIE", "test AUC", 0.75, ""),
+        Row("net, standard", "SMOOTHIE", "mean rank", 1.0, "1 is best"),
+        Row("net, standard", "SMOOTHIE", "processor time", 0.5, "s a table"),
+        Row("net, standard", "random 5", "test AUC", 0.7, ""),
+        Row("net, standard", "random 5", "mean rank", 2.0, "1 is best"),
+        Row("net, standard", "SMOOTHIE", "test AUC difference", 0.05, "", "random 5", 0.01, 0.09),
+        Row("net, standard", "SMOOTHIE", "tables won", 2.0, "of 3", "random 5"),
+        Row("net, standard", "SMOOTHIE", "tables lost", 1.0, "of 3", "random 5"),
+        Row("net, standard", "smoothness", "rank correlation with test AUC", 0.25, "", None, 0.1, 0.4),
+        Row("net, one table", "SMOOTHIE", "test AUC", 0.1, ""),
+    ]
+    results("new", "2026-02-01", "tune", rows, {"gone": "away"})
+    told = tables.tune(results.known).splitlines()
+    assert told[0] == "Net, standard."
+    assert told[4] == "| **SMOOTHIE** | 0.750 | +0.050 [+0.010, +0.090] | 2 : 1 | 1.0 | 0.50 |"
+    assert told[5] == "| random 5 | 0.700 | - | - | 2.0 | - |"
+    assert "over all 30: 0.25 [0.10, 0.40]." in told[7] and "Could not enter: gone." in told[-1]
+
+
 def test_what_was_not_measured_is_said_to_be_so(results):
-    for name in ("quant", "grids", "cost", "search", "claims:smoothquant_plus"):
+    for name in ("quant", "grids", "cost", "search", "tune", "claims:smoothquant_plus"):
         page = f"<!-- table:{name} -->\n| invented | 1 |\n<!-- /table -->"
         told = tables.rewrite(page, results.known)
         assert "easured yet" in told or "been measured yet" in told
