@@ -1,8 +1,8 @@
 """A crowd at the endpoint of `planish serve`: are answers right, is everything given back, does it stand?
 
 The server runs in float32, so that what a request gets does not depend on who else is served (in bfloat16 greedy
-tokens may differ between batches of different sizes, in any engine). After the crowd, the server must be idle, its cache
-of keys and values empty, and its memory and open files must not have grown on a second crowd.
+tokens may differ between batches of different sizes, in any engine). After the crowd the server must be idle, its
+cache of keys and values empty, and its memory and open files must not have grown on a second crowd.
 """
 
 import json

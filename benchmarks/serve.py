@@ -145,13 +145,11 @@ def _case(context: int, together: int, tokens: int, found: dict[str, list[dict[s
     speed = {name: [together * (tokens + 1) / one["all"] for one in list_] for name, list_ in found.items()}
     wait = {name: [1e3 * (one["all"] - one["first"]) / tokens for one in list_] for name, list_ in found.items()}
     first = {name: [one["first"] for one in list_] for name, list_ in found.items()}
-    for name in speed:
-        yield Row(case, name, "throughput", median(speed[name]), "tokens/s", note=f"SmolLM2-135M, {cores()} cores")
-        yield Row(case, name, "time to all first tokens", median(first[name]), "s")
-        yield Row(case, name, "latency", median(wait[name]), "ms/token")
-    for name in speed:
-        if name != OURS and OURS in speed:
-            more = median(a / b for a, b in zip(speed[OURS], speed[name], strict=True))
-            less = median(a / b for a, b in zip(wait[OURS], wait[name], strict=True))
-            yield Row(case, OURS, "throughput", more, "x", baseline=name)
-            yield Row(case, OURS, "latency", less, "x", baseline=name)
+    units = (("throughput", "tokens/s", speed), ("time to all first tokens", "s", first), ("latency", "ms/token", wait))
+    for name in found:
+        for metric, unit, values in units:
+            yield Row(case, name, metric, median(values[name]), unit, note=f"SmolLM2-135M, {cores()} cores")
+    for name in [n for n in found if n != OURS] if OURS in found else ():
+        for metric, values in (("throughput", speed), ("latency", wait)):
+            ratio = median(a / b for a, b in zip(values[OURS], values[name], strict=True))
+            yield Row(case, OURS, metric, ratio, "x", baseline=name)
