@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["register"]
 
-TRIED = "0.32 (CPU) and 0.33 (GPU)"
+TRIED = "0.32 for CPUs"  # 0.33, for GPUs, has every name of these; no GPU was at hand
 _NEEDED = {
     "vllm.model_executor.kernels.linear": (
         "MPLinearKernel",
