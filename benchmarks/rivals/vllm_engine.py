@@ -7,12 +7,17 @@ with the seconds until all requests had their first token, and those of all toke
 """
 
 import json
+import os
 import random
 import sys
 import time
 
 
 def main() -> None:
+    if os.environ.get("AVX2_ONLY"):
+        import torch  # noqa: PLC0415
+
+        torch.cpu._is_avx512_supported = lambda: False  # vLLM then loads its build without AVX-512
     from vllm import LLM, SamplingParams  # noqa: PLC0415
 
     model, dtype, _ = sys.argv[1:4]
