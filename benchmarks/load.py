@@ -20,6 +20,10 @@ from benchmarks.harness import ROOT, Row, cores
 from benchmarks.serve import _VLLM, checkpoint, interpreter
 
 REQUESTS, CLIENTS, PORT = 240, 16, 8765
+KINDS = (
+    *("in one piece", "streamed", "cancelled", "refused", "right", "right as far as it got"),
+    *("wrong", "wrongly taken", "failed"),
+)
 NAME = "small"
 
 
@@ -92,17 +96,14 @@ def rows(
         server.wait(60)
     counts = found["counts"]
     note = "; ".join(found["notes"])
-    for name in (
-        *("in one piece", "streamed", "cancelled", "refused", "right", "right as far as it got"),
-        *("wrong", "wrongly taken", "failed"),
-    ):
-        yield Row(case, "planish serve", name, counts.get(name, 0), "requests", note=note)
-    yield Row(case, "planish serve", "rate", requests / found["seconds"], "requests/s")
-    yield Row(
-        case, "planish serve", "median wait for a stream's first words", found["waits"][len(found["waits"]) // 2], "s"
-    )
-    yield Row(case, "planish serve", "still running", _metric(metrics, "vllm:num_requests_running"), "requests")
-    yield Row(case, "planish serve", "cache still used", _metric(metrics, "vllm:kv_cache_usage_perc"), "of 1")
-    yield Row(case, "planish serve", "memory grown by the second crowd", held[1][0] - held[0][0], "MiB")
-    yield Row(case, "planish serve", "files opened by the second crowd", held[1][1] - held[0][1], "files")
-    yield Row(case, "planish serve", "exit code", server.returncode, "")
+    figures = {name: counts.get(name, 0) for name in KINDS} | {
+        "rate, requests/s": requests / found["seconds"],
+        "median wait for a stream's first words, s": found["waits"][len(found["waits"]) // 2],
+        "still running afterwards": _metric(metrics, "vllm:num_requests_running"),
+        "cache still used, of 1": _metric(metrics, "vllm:kv_cache_usage_perc"),
+        "memory grown by the second crowd, MiB": held[1][0] - held[0][0],
+        "files opened by the second crowd": held[1][1] - held[0][1],
+        "exit code": server.returncode,
+    }
+    for name, value in figures.items():
+        yield Row(case, name, "figure", value, "", note=note)

@@ -50,9 +50,10 @@ class Engine:
     def _start(self, threads: int) -> subprocess.Popen[str]:
         # -P: the folder of the programs holds modules named like the packages they drive
         command = [str(self.python), "-P", str(ROOT / "benchmarks" / "rivals" / self.program), str(self.model)]
+        env = os.environ | _VLLM | (_AVX2 if MASKED else {}) | {"OMP_NUM_THREADS": str(threads)} | dict(self.env)
         return subprocess.Popen(
             [*command, self.dtype, str(threads)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env={**os.environ, **_VLLM, **(_AVX2 if MASKED else {}), "OMP_NUM_THREADS": str(threads), **dict(self.env)},
+            stderr=subprocess.DEVNULL, env=env,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@
 No server is written here: this module decides which to start and with which arguments.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -30,7 +31,7 @@ class Launch:
         command: Its arguments, the interpreter first.
 
     Example:
-        >>> Launch("vllm", ("python", "-m", "vllm.entrypoints.cli.main")).engine
+        >>> Launch("vllm", ("python", "-m", "vllm.entrypoints.openai.api_server")).engine
         'vllm'
     """
 
@@ -95,7 +96,7 @@ def plan(
     where = ("--host", host, "--port", str(port), *(() if dtype == "auto" else ("--dtype", dtype)))
     if engine == "vllm":
         require("vllm", "vllm", "serving through vLLM")
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(path), *where]
+        command = [sys.executable, "-m", *_vllm_server(), str(path), *where]
         command += ["--served-model-name", name]
         if max_model_len is not None:
             command += ["--max-model-len", str(max_model_len)]
@@ -112,6 +113,15 @@ def plan(
 
 def _has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
+
+
+def _vllm_server() -> tuple[str, ...]:
+    """Return the module of vLLM's server and the words before the model's path."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # the CPU package: there `vllm serve` ends at once, asking for this
+        return ("vllm.entrypoints.openai.api_server", "--model")
+    return ("vllm.entrypoints.cli.main", "serve")
 
 
 def _check_transformers() -> None:

@@ -26,10 +26,16 @@ def no_vllm(monkeypatch):
 def test_vllm_is_taken_where_it_is_installed(vllm):
     launch = serve.plan(WHERE, "small", port=9000, dtype="float32", max_model_len=512, extra=["--enforce-eager"])
     assert launch.engine == "vllm"
-    assert launch.command[2:] == (
-        *("vllm.entrypoints.cli.main", "serve", str(WHERE), "--host", "127.0.0.1", "--port", "9000"),
+    assert launch.command[2:] == (  # no package of the name `vllm` here: as beside the one for CPUs
+        *("vllm.entrypoints.openai.api_server", "--model", str(WHERE), "--host", "127.0.0.1", "--port", "9000"),
         *("--dtype", "float32", "--served-model-name", "small", "--max-model-len", "512", "--enforce-eager"),
     )
+
+
+def test_the_command_line_of_vllm_is_taken_where_it_works(vllm, monkeypatch):
+    monkeypatch.setattr(serve.importlib.metadata, "version", lambda name: "0.33.0")
+    command = serve.plan(WHERE, "small").command
+    assert command[2:5] == ("vllm.entrypoints.cli.main", "serve", str(WHERE))
 
 
 def test_rounding_at_load_is_asked_of_vllm(vllm):
