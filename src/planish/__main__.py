@@ -254,6 +254,42 @@ def generate(
 
 
 @command
+def serve(
+    model: Model,
+    extra: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ENGINE ARGS]", help="After --: the engine's own arguments.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), vllm or transformers.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    at_load: Annotated[bool, typer.Option("--at-load", help="Round a float model while it is read; vLLM.")] = False,
+    group_size: Annotated[int | None, typer.Option(help="With --at-load: inputs that share a scale.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest request in tokens; vLLM.")] = None,
+) -> None:
+    """Serve a model: an OpenAI-compatible endpoint, by vLLM or transformers, with our layers in it."""
+    aloud = Console(stderr=True, soft_wrap=True)
+    with aloud.status("finding the model"):
+        from planish.plugins.serve import plan  # noqa: PLC0415
+        from planish.quant import sources  # noqa: PLC0415
+
+        launch = plan(
+            sources.resolve(model),
+            model,
+            engine=engine,
+            host=host,
+            port=port,
+            at_load=at_load,
+            group_size=group_size,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            extra=extra or (),
+        )
+    aloud.print(f"[dim]starting {launch.engine} on {host}:{port}[/dim]", highlight=False)
+    launch.run()
+
+
+@command
 def export(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A quantized checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.")],
