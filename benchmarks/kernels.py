@@ -1,6 +1,7 @@
 """A 4-bit product on the CPU against its rivals, in one process: time, memory rate, and the cost of rounding.
 
-Rivals take turns within each round, so that a slow moment of the machine slows all of them. Matrices are cycled through
+Rivals take turns within each round, so that a slow moment of the machine slows all of them; a pause before each turn lets
+the threads of the last one fall asleep, and one call that is not timed wakes its own. Matrices are cycled through
 until more memory has been touched than any cache holds, one row of activations at a time; from sixteen rows on
 one matrix is enough, since the arithmetic decides. Whoever is not installed is named as skipped.
 
@@ -21,7 +22,8 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336))
 ROWS = (1, 16, 128, 512)
 GROUP = 128
 TOUCHED = 256 << 20  # bytes of 4-bit weights behind each figure for one row
-SECONDS = 4.0
+SECONDS = 0.8  # a subject and case
+REST = 0.005  # seconds for the threads of the one before to stop spinning
 
 
 def rows(quick: bool, *, skipped: dict[str, str], against: tuple[str, ...] | None = None, **_: object) -> Iterator[Row]:
@@ -53,6 +55,8 @@ def _race(subjects: dict[str, list[Callable[[], object]]], seconds: float) -> di
     end, done = time.perf_counter() + seconds * len(subjects), 0
     while done < 5 or time.perf_counter() < end:
         for name, calls in subjects.items():
+            time.sleep(REST)
+            calls[0]()  # wakes the subject's own threads
             start = time.perf_counter()
             for call in calls:
                 call()
@@ -86,7 +90,7 @@ def measure(
             continue
         if name not in matmuls.READS:
             errors[name] = problem.error(subjects[name][0]())
-    times = _race(subjects, 0.02 if quick else SECONDS / 4)
+    times = _race(subjects, 0.02 if quick else SECONDS)
     out: list[dict[str, object]] = []
     case = f"{n}x{k}, {m} row{'s' if m > 1 else ''}, {threads} thread{'s' if threads > 1 else ''}"
     rounded = "planish, 16-bit activations"

@@ -62,7 +62,9 @@ def _planish(bits: int | None) -> Callable[[Problem, int], Callable[[], Tensor]]
 def _read(p: Problem, copy: int) -> Callable[[], int]:
     from planish.kernels import cpu  # noqa: PLC0415
 
-    data = torch.zeros(p.read_bytes(), dtype=torch.uint8)
+    # the very memory that a product streams: a prepared weight
+    packed = p.bytes_of_codes().contiguous().view(torch.int32)
+    data = cpu._shelf.make(packed, p.scale.half(), p.zero, p.k, p.group).data  # type: ignore[union-attr]
     read = cpu._native.read  # type: ignore[union-attr]
     return lambda: int(read(data.data_ptr(), data.numel(), p.threads))
 
@@ -111,7 +113,7 @@ def _onnxruntime(level: int) -> Callable[[Problem, int], Callable[[], Any]]:
         model = helper.make_model(graph, opset_imports=imports, ir_version=8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = p.threads
-        # copies take turns on the same cores: a copy's threads must not spin while another's work
+        # copies take turns on the same cores: the threads of one must not spin while another's work
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if p.copies == 1 else "0")
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]

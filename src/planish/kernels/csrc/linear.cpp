@@ -9,13 +9,26 @@
 #include "linear_layout.h"
 #include "pool.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace planish {
 namespace {
 
-constexpr std::int64_t kRowPanel = 64;         // rows that are rounded, and then met by every tile, at a time
+constexpr std::int64_t kRowPanel = 64;          // rows that are rounded, and then met by every tile, at a time
 constexpr std::int64_t kBytesPerThread = 49152; // codes times rows worth waking a second thread
 
 std::uint32_t code(const std::uint32_t* words, std::int64_t k) { return (words[k / 8] >> (4 * (k % 8))) & 15u; }
+
+// Eight codes, element j in bits 4j..4j+3, as byte j holds them: element j low, element 4 + j high.
+std::uint32_t interleaved(std::uint32_t w) {
+    const auto spread = [](std::uint32_t four) { // a code in each byte
+        four = (four | four << 8) & 0x00FF00FFu;
+        return (four | four << 4) & 0x0F0F0F0Fu;
+    };
+    return spread(w & 0xFFFFu) | spread(w >> 16) << 4;
+}
 
 Kernels kernels(int activation_bits) {
     switch (active_isa()) {
@@ -110,11 +123,29 @@ void prepare_tile(const std::uint32_t* packed, const std::uint8_t* scale, const 
             std::memcpy(tile + (s * kTile + o) * size, scale + group * size, static_cast<std::size_t>(size));
             if (zero != nullptr) tile[tiles.zeros + s * kTile + o] = zero[group];
             const std::int64_t end = cut.end(s);
-            for (std::int64_t k = cut.begin(s); k < end; k += 8, at += kTile * 4)
+            std::int64_t k = cut.begin(s);
+            if (k % 8 == 0)
+                for (; k + 8 <= end; k += 8, at += kTile * 4) {
+                    const std::uint32_t word = interleaved(row[k / 8]);
+                    std::memcpy(at, &word, 4);
+                }
+            for (; k < end; k += 8, at += kTile * 4)
                 for (std::int64_t j = 0; j < std::min<std::int64_t>(8, end - k); ++j)
                     at[j % 4] = static_cast<std::uint8_t>(at[j % 4] | code(row, k + j) << (j < 4 ? 0 : 4));
         }
     }
+}
+
+// Large pages make the stream cheaper where the system grants them; a refusal costs nothing.
+void ask_for_large_pages(void* data, std::size_t bytes) {
+#if defined(__linux__)
+    constexpr std::uintptr_t page = 4096;
+    const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+    const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;
+    if (last > first + (std::uintptr_t{2} << 20)) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
 }
 
 // Memory for rounded rows, kept by the calling thread from call to call.
@@ -151,6 +182,7 @@ void prepare(const std::uint32_t* packed, const void* scale, ScaleType type, con
     const Tiles tiles(out, cut, type, zero != nullptr);
     const Header header{kMagic, type, zero != nullptr, kTile, out, in, group_size,
                         static_cast<std::int64_t>(prepared_bytes(out, in, group_size, type, zero != nullptr)), {}};
+    ask_for_large_pages(data, static_cast<std::size_t>(header.bytes));
     std::memcpy(data, &header, sizeof header);
     std::uint8_t* first = static_cast<std::uint8_t*>(data) + sizeof header;
     parallel(threads, tiles.count, [&](std::int64_t t) {

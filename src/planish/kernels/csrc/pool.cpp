@@ -41,7 +41,7 @@ struct Pool {
     alignas(64) std::atomic<std::uint64_t> open{0}; // ticket of the open job * 512 + its threads; 0 if there is none
     alignas(64) std::atomic<int> inside{0};
     alignas(64) std::atomic<int> asleep{0};
-    std::uint64_t tickets = 0;
+    std::atomic<std::uint64_t> tickets{0};
     int others = 0; // threads started
     std::mutex bed;
     std::condition_variable bell;
@@ -57,11 +57,14 @@ struct Pool {
     void serve(int index) {
         std::uint64_t seen = 0;
         for (;;) {
-            const auto until = std::chrono::steady_clock::now() + kAwake;
-            std::uint64_t job = open.load();
+            auto until = std::chrono::steady_clock::now() + kAwake;
+            std::uint64_t job = open.load(), last = tickets.load();
             for (int spin = 1; !wanted(job, seen, index); job = open.load(), ++spin) {
                 pause_briefly();
-                if (spin % 64 == 0 && std::chrono::steady_clock::now() > until) break;
+                if (spin % 64 != 0 || std::chrono::steady_clock::now() < until) continue;
+                if (last == tickets.load()) break;
+                last = tickets.load(); // jobs come, but too short ones to be caught
+                until = std::chrono::steady_clock::now() + kAwake;
             }
             if (!wanted(job, seen, index)) {
                 std::unique_lock<std::mutex> lock(bed);
@@ -91,7 +94,7 @@ struct Pool {
         start(threads - 1);
         work = fn, context = argument, n = count;
         next.store(0);
-        open.store(++tickets * 512 + static_cast<std::uint64_t>(threads));
+        open.store((tickets.fetch_add(1) + 1) * 512 + static_cast<std::uint64_t>(threads));
         if (asleep.load() > 0) {
             { const std::lock_guard<std::mutex> lock(bed); } // none is between its last look and its sleep
             bell.notify_all();
