@@ -1,9 +1,9 @@
 """A 4-bit product on the CPU against its rivals, in one process: time, memory rate, and the cost of rounding.
 
-Rivals take turns within each round, so that a slow moment of the machine slows all of them; a pause before each turn lets
-the threads of the last one fall asleep, and one call that is not timed wakes its own. Matrices are cycled through
-until more memory has been touched than any cache holds, one row of activations at a time; from sixteen rows on
-one matrix is enough, since the arithmetic decides. Whoever is not installed is named as skipped.
+Rivals take turns within each round, so that a slow moment of the machine slows all of them; a pause before each turn
+lets the threads of the last one fall asleep, and one call that is not timed wakes its own. Matrices are cycled through
+until more memory has been touched than any cache holds, one row of activations at a time; from sixteen rows on one
+matrix is enough, since the arithmetic decides. Whoever is not installed is named as skipped.
 
 Legend: N outputs, K inputs, M rows.
 """
@@ -65,9 +65,7 @@ def _race(subjects: dict[str, list[Callable[[], object]]], seconds: float) -> di
     return times
 
 
-def measure(
-    *, n: int, k: int, m: int, threads: int, quick: bool, against: tuple[str, ...] | None
-) -> dict[str, object]:
+def measure(*, n: int, k: int, m: int, threads: int, quick: bool, against: tuple[str, ...] | None) -> dict[str, object]:
     """Race ours and the rivals at one shape."""
     from benchmarks import matmuls  # noqa: PLC0415
 

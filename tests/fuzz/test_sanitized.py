@@ -12,7 +12,7 @@ SOURCES = HERE.parents[1] / "src" / "planish" / "kernels" / "csrc"
 
 _PROGRAMS = {
     "w4a16": (("isa", "pool", "w4a16"), 300),
-    "linear": (("isa", "pool", "read", "linear", "linear_avx2", "linear_avx512"), 200),
+    "linear": (("isa", "pool", "read", "linear", "linear_avx2", "linear_avx512", "linear_neon"), 200),
 }
 
 

@@ -1,4 +1,4 @@
-"""Laws of the repacked weight: its product is that of rounded activations, whatever the shape, stride, thread or processor."""
+"""Laws of the repacked weight: its product is that of rounded activations, whatever the shape, threads or processor."""
 
 import copy
 import gc
@@ -117,7 +117,7 @@ def test_a_poisoned_row_stays_visible_and_alone(instructions, poison):
 
 @pytest.mark.parametrize("instructions", _SETS)
 def test_tiny_and_huge_activations(instructions):
-    _, packed, scale, zero, bias = problem(3, 1, 5, 64, 32)
+    _, packed, scale, zero, _ = problem(3, 1, 5, 64, 32)
     weight = cpu._shelf.make(packed, scale, zero, 64, 32)
     cpu._native.use(instructions)
     for value in (0.0, 1e-45, 1e-31, 1e-29, 1e30):
@@ -141,7 +141,7 @@ def test_a_weight_that_is_written_to_is_prepared_anew():
 
 
 def test_the_shelf_keeps_one_copy_and_only_while_the_weight_lives():
-    x, packed, scale, zero, _ = problem(5, 1, 40, 64, 32)
+    _, packed, scale, zero, _ = problem(5, 1, 40, 64, 32)
     gc.collect()
     before = len(cpu._shelf._kept)
     weight = cpu._shelf.find(packed, scale, zero, 64, 32)

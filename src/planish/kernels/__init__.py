@@ -56,7 +56,7 @@ def backends() -> tuple[Backend, ...]:
     if cpu.absence:
         fast = [Backend("w4a16", "cpu", "reference", "all", f"the compiled module is absent: {cpu.absence}")]
     else:
-        rounded = "bits=4, activation_bits=16 or 8, not float64, zero <= 15, groups that padding to eights hardly grows"
+        rounded = "bits=4, activation_bits=16 or 8, not float64, zero <= 15, padding groups to eights adds at most half"
         kernel = f"compiled ({cpu.isa})"
         fast = [
             Backend("w4a16", "cpu", f"{kernel}, repacked weight, integer activation", rounded),
@@ -94,7 +94,7 @@ def w4a16(
         bias: Added to the result.
         bits: Width of a code, 1 to 8.
         group_size: Channels that share a scale, >= 1; the last group may be shorter.
-        activation_bits: 16 (steps of 1/32639 of the group's largest entry), 8 (1/127), or None (default) for no rounding.
+        activation_bits: 16 (steps of 1/32639 of the group's largest entry), 8 (1/127), or None (default) for none.
 
     Returns:
         The product, in the dtype of `x`; the weight is computed in float32 and cast to it.

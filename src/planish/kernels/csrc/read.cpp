@@ -14,6 +14,7 @@ namespace planish {
 namespace {
 
 constexpr std::int64_t kStep = 256;
+constexpr std::int64_t kAhead = 8192; // bytes asked for before they are needed, as by the products: a floor must be the best
 
 std::uint64_t read_portable(const unsigned char* at, std::int64_t bytes) {
     std::uint64_t sum[8] = {};
@@ -33,7 +34,10 @@ PLANISH_TARGET("avx512f")
 std::uint64_t read_avx512(const unsigned char* at, std::int64_t bytes) {
     __m512i sum[4] = {};
     for (; bytes >= kStep; bytes -= kStep, at += kStep)
-        for (int i = 0; i < 4; ++i) sum[i] = _mm512_xor_si512(sum[i], _mm512_loadu_si512(at + 64 * i));
+        for (int i = 0; i < 4; ++i) {
+            _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + 64 * i), _MM_HINT_T0);
+            sum[i] = _mm512_xor_si512(sum[i], _mm512_loadu_si512(at + 64 * i));
+        }
     const __m512i all = _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3]));
     std::uint64_t words[8], result = read_portable(at, bytes);
     _mm512_storeu_si512(words, all);
@@ -46,8 +50,10 @@ PLANISH_TARGET("avx2")
 std::uint64_t read_avx2(const unsigned char* at, std::int64_t bytes) {
     __m256i sum[8] = {};
     for (; bytes >= kStep; bytes -= kStep, at += kStep)
-        for (int i = 0; i < 8; ++i)
+        for (int i = 0; i < 8; ++i) {
+            if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + 32 * i), _MM_HINT_T0);
             sum[i] = _mm256_xor_si256(sum[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * i)));
+        }
     std::uint64_t result = read_portable(at, bytes);
     for (const __m256i part : sum) {
         std::uint64_t words[4];

@@ -164,6 +164,8 @@ void w4a16(const W4A16& op, int threads, Isa isa) {
 #if defined(PLANISH_X86)
     if (isa == Isa::avx2) decode = decode_avx2, dot = dot_avx2;
     if (isa == Isa::avx512) decode = decode_avx512, dot = dot_avx512;
+#else
+    (void)isa; // the compiler vectorizes the portable loops
 #endif
     const std::int64_t panels = (op.out + kPanelRows - 1) / kPanelRows;
     const std::int64_t worth = 1 + op.out * op.in / kWorkPerThread * std::max<std::int64_t>(op.rows, 1);
