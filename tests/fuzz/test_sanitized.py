@@ -10,22 +10,23 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "src" / "planish" / "kernels" / "csrc"
 
 
+_PROGRAMS = {
+    "w4a16": (("isa", "pool", "w4a16"), 300),
+    "linear": (("isa", "pool", "read", "linear", "linear_avx2", "linear_avx512", "linear_neon"), 200),
+}
+
+
 @pytest.mark.slow
-def test_w4a16_touches_no_byte_that_is_not_its_own(tmp_path):
+@pytest.mark.parametrize("program", _PROGRAMS)
+def test_a_kernel_touches_no_byte_that_is_not_its_own(program, tmp_path):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    program = tmp_path / "sanitized"
+    names, rounds = _PROGRAMS[program]
+    target = tmp_path / program
     build = [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    build += [
-        f"-I{SOURCES}",
-        str(HERE / "w4a16_sanitized.cpp"),
-        str(SOURCES / "w4a16.cpp"),
-        "-o",
-        str(program),
-        "-lpthread",
-    ]
-    subprocess.run(build, check=True, capture_output=True, text=True)
-    run = subprocess.run([program, "300"], capture_output=True, text=True, check=False)
+    build += [f"-I{SOURCES}", str(HERE / f"{program}_sanitized.cpp"), *(str(SOURCES / f"{name}.cpp") for name in names)]
+    subprocess.run([*build, "-o", str(target), "-lpthread"], check=True, capture_output=True, text=True)
+    run = subprocess.run([target, str(rounds)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout == "clean\n"
