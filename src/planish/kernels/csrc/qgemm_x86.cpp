@@ -70,9 +70,11 @@ struct Vector {
     }
 
     template <int R>
-    static void dots(I (&acc)[R][vectors], const std::uint8_t* codes, const std::int8_t* x, std::int64_t quads,
+    static void dots(I (&sum)[R][vectors], const std::uint8_t* codes, const std::int8_t* x, std::int64_t quads,
                      bool narrow) {
         const std::int64_t stride = quads * 4;
+        I acc[R][vectors]; // what is reached by reference would be stored at each step
+        std::memcpy(acc, sum, sizeof acc);
         if (narrow) { // eight sums of two products of at most 15 * 128 stay below 2^15
             const I ones = _mm256_set1_epi16(1);
             for (std::int64_t q = 0; q < quads;) {
@@ -90,6 +92,7 @@ struct Vector {
                     for (int v = 0; v < vectors; ++v)
                         acc[r][v] = plus(acc[r][v], _mm256_madd_epi16(part[r][v], ones));
             }
+            std::memcpy(sum, acc, sizeof acc);
             return;
         }
         const I even = _mm256_set1_epi16(0xFF);
@@ -103,6 +106,7 @@ struct Vector {
                     acc[r][v] = plus(acc[r][v], plus(_mm256_madd_epi16(w0, x0), _mm256_madd_epi16(w1, x1)));
                 }
             }
+        std::memcpy(sum, acc, sizeof acc);
     }
 };
 
@@ -173,8 +177,10 @@ struct Vector {
     }
 
     template <int R>
-    static void dots(I (&acc)[R][vectors], const std::uint8_t* codes, const std::int8_t* x, std::int64_t quads, bool) {
+    static void dots(I (&sum)[R][vectors], const std::uint8_t* codes, const std::int8_t* x, std::int64_t quads, bool) {
         const std::int64_t stride = quads * 4;
+        I acc[R][vectors]; // what is reached by reference would be stored at each step
+        std::memcpy(acc, sum, sizeof acc);
         for (std::int64_t q = 0; q < quads; ++q) {
             const I w0 = load(codes + q * 192), w1 = load(codes + q * 192 + 64), w2 = load(codes + q * 192 + 128);
             for (int r = 0; r < R; ++r) {
@@ -186,6 +192,7 @@ struct Vector {
                 acc[r][2] = _mm512_dpbusd_epi32(acc[r][2], w2, xq);
             }
         }
+        std::memcpy(sum, acc, sizeof acc);
     }
 };
 
