@@ -71,7 +71,7 @@ def run_quantize_rows(
         _REAL[x.dtype],
         _REAL[scale_dtype],
         threads or torch.get_num_threads(),
-        instructions or cpu.isa,
+        instructions or _module().active_isa(),
     )
     return codes, scale, zero
 
@@ -127,7 +127,7 @@ def run_qgemm(
         bits,
         _REAL[scale.dtype],
         threads or torch.get_num_threads(),
-        instructions or cpu.isa,
+        instructions or _module().active_isa(),
     )
     return y
 
@@ -145,7 +145,9 @@ def run_rotate(
     if y.numel() == 0:
         return y
     count, size, _ = blocks.shape
-    x, blocks = x.contiguous(), blocks.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    x = x.contiguous()
+    shared = count > 1 and blocks.stride(0) == 0  # one matrix for all blocks, not copied
+    blocks = (blocks[:1] if shared else blocks).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     index = None if index is None else index.to(torch.int64).contiguous()
     _module().rotate(
         _address(x),
@@ -155,9 +157,10 @@ def run_rotate(
         x.numel() // x.shape[-1],
         count,
         size,
+        0 if shared else size * size,
         _REAL[x.dtype],
         threads or torch.get_num_threads(),
-        instructions or cpu.isa,
+        instructions or _module().active_isa(),
     )
     return y
 

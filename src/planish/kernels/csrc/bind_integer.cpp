@@ -59,9 +59,9 @@ void bound_quantize_rows(Address x, Address codes, Address scale, Address zero, 
 }
 
 void bound_rotate(Address x, Address blocks, Address index, Address y, std::int64_t rows, std::int64_t count,
-                  std::int64_t size, int type, int threads, const std::string& isa) {
+                  std::int64_t size, std::int64_t stride, int type, int threads, const std::string& isa) {
     const Rotate op{at<const void>(x), at<const void>(blocks), at<const std::int64_t>(index), at<void>(y), rows, count,
-                    size,              static_cast<Real>(type)};
+                    size,              stride,                 static_cast<Real>(type)};
     const Isa chosen = isa_named(isa);
     nanobind::gil_scoped_release release;
     rotate(op, threads, chosen);

@@ -101,7 +101,7 @@ void rotate_as(const Rotate& op, int threads, Isa isa) {
                     else
                         for (std::int64_t j = 0; j < op.size; ++j) gathered[j] = widen(row[k * op.size + j]);
                 }
-                turning<T>(isa)({from, static_cast<const T*>(op.blocks) + k * op.size * op.size, panel, to, rows, op.size});
+                turning<T>(isa)({from, static_cast<const T*>(op.blocks) + k * op.stride, panel, to, rows, op.size});
                 for (std::int64_t r = 0; r < rows; ++r)
                     for (std::int64_t j = 0; j < op.size; ++j)
                         narrow(to[r * op.size + j], y[(first + r) * channels + k * op.size + j]);

@@ -13,6 +13,7 @@ struct Rotate {
     const std::int64_t* index; // (count * size), each in [0, count * size), or null
     void* y;            // (rows, count * size) of `type`, written
     std::int64_t rows, count, size;
+    std::int64_t stride; // from block to block: size * size, or 0 where one matrix serves all
     Real type;
 };
 
