@@ -192,6 +192,8 @@ class QLinear(nn.Module):
 
     def _runtime_zeros(self) -> Tensor:
         """Zero points as the kernels want them, unpacked once for as long as the packed ones are not written to."""
+        if torch.compiler.is_compiling():  # a graph holds no versions: they are unpacked at each call
+            return self.zeros()
         packed = self.weight_scale if self.weight_zero_point is None else self.weight_zero_point
         kept = self.__dict__.get("_zeros")
         if kept is None or kept[0] is not packed or kept[1] != packed._version:
