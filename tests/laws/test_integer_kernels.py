@@ -1,5 +1,7 @@
 """Laws of the compiled ops of integer activations: equal to the definitions, on every instruction set."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,7 +136,7 @@ def bound(args, kwargs):
         codes = codes - kwargs["x_zero"].double().repeat_interleave(x_size, -1)[:, :channels]
     edges = sorted({*range(0, channels, 512), *range(0, channels, size), *range(0, channels, x_size), channels})
     total = torch.zeros(codes.shape[0], out, dtype=torch.float64)
-    for begin, end in zip(edges, edges[1:], strict=False):  # at least as many runs as the kernel has
+    for begin, end in itertools.pairwise(edges):  # at least as many runs as the kernel has
         exact = codes[:, begin:end] @ weight[:, begin:end].mT
         step = args["x_scale"].double()[:, begin // x_size, None] * args["scale"].double()[None, :, begin // size]
         total += (exact * step).abs()

@@ -190,12 +190,16 @@ def _qgemm(
     x: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight, activation = {"bits": bits, "group_size": group_size}, {"x_zero": x_zero, "x_group_size": x_group_size}
-    branch = {"down": down, "up": up, "x": x}
     if not _compiled("qgemm") or dtype is torch.float64:
-        return qgemm_reference(xq, x_scale, packed, scale, zero, bias, **weight, **activation, **branch, dtype=dtype)
+        return qgemm_reference(
+            xq, x_scale, packed, scale, zero, bias, bits=bits, group_size=group_size, x_zero=x_zero,
+            x_group_size=x_group_size, down=down, up=up, x=x, dtype=dtype,
+        )  # fmt: skip
     check_qgemm(xq, x_scale, x_zero, packed, scale, zero, bias, down, up, x, bits, group_size, x_group_size, dtype)
-    return run_qgemm(xq, x_scale, packed, scale, zero, bias, **weight, **activation, **branch).to(dtype)
+    return run_qgemm(
+        xq, x_scale, packed, scale, zero, bias, bits=bits, group_size=group_size, x_zero=x_zero,
+        x_group_size=x_group_size, down=down, up=up, x=x,
+    ).to(dtype)  # fmt: skip
 
 
 def _rotate(x: Tensor, blocks: Tensor, index: Tensor | None) -> Tensor:
