@@ -6,6 +6,7 @@ over the speed of a plain read for one row, and oneDNN's product of int8 matrice
 nor 4 bits, for many rows.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -23,11 +24,12 @@ Subject = Callable[[int], object]
 
 
 def _times(subjects: dict[str, Subject], rounds: int) -> dict[str, list[float]]:
-    for run in subjects.values():
-        run(0)
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
-    for n in range(rounds):
+    turn = itertools.count()  # no two calls in a row use the same weights: one would find them in the cache
+    for _ in range(rounds):
         for name, run in subjects.items():
+            run(next(turn))  # untimed: PyTorch's threads spin for a while and would hold a core that the next one wants
+            n = next(turn)
             start = time.perf_counter()
             run(n)
             seconds[name].append(time.perf_counter() - start)

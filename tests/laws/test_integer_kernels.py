@@ -208,6 +208,30 @@ def test_qgemm_crosses_blocks_panels_and_threads(m, out, channels, bits, group_s
     assert torch.equal(integer.run_qgemm(**args, **kwargs), integer.run_qgemm(**args, **kwargs, threads=3))
 
 
+@given(
+    seed=st.integers(0, 2**20),
+    out=st.sampled_from([1, 7, 16, 50]),
+    channels=st.one_of(st.integers(1, 300), st.sampled_from([512, 2048, 2049, 4360, 17000])),
+    group_size=st.sampled_from([16, 32, 64, 128, 192, 256, 512]),
+    x_group_size=st.sampled_from([None, 1, 2, 3]),
+    scale_dtype=st.sampled_from(HALVES),
+    rank=st.sampled_from([0, 2]),
+    biased=st.booleans(),
+    threads=st.integers(1, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_one_row_takes_a_way_of_its_own_and_gives_the_same_bits(
+    seed, out, channels, group_size, x_group_size, scale_dtype, rank, biased, threads
+):
+    x_group_size = None if x_group_size is None else x_group_size * group_size
+    args, kwargs = operands(seed, 1, out, channels, 4, group_size, x_group_size, scale_dtype, False, rank, biased)
+    check(args, kwargs, threads=(threads,))
+    kwargs |= {"down": None, "up": None, "x": None}  # the branch's BLAS may sum two rows in another order
+    alone = integer.run_qgemm(**args, **kwargs)
+    twice = {name: args[name].expand(2, -1) if name in ("xq", "x_scale") else args[name] for name in args}
+    assert torch.equal(integer.run_qgemm(**twice, **kwargs), alone.expand(2, -1))
+
+
 def test_a_row_of_qgemm_does_not_depend_on_the_others():
     args, kwargs = operands(2, 37, 60, 520, 4, 128, None, torch.float16, True, 0, True)
     whole = integer.run_qgemm(**args, **kwargs)

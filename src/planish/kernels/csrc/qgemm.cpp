@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::int64_t kBlockBytes = std::int64_t{640} << 10; // of x, in L2
 constexpr std::int64_t kMostRows = 256;                        // of a block: with its sums it fills L1 no further
-constexpr int kMostOutputs = 64;
+constexpr int kMostOutputs = 64, kMostLanes = 16;
 constexpr std::int64_t kWorkPerThread = std::int64_t{1} << 20; // multiplications worth waking a thread for
 
 struct Run {
@@ -167,6 +167,42 @@ struct Walk {
     }
 };
 
+// Whether one row can meet the weight as it lies: symmetric, of 4 bits, and each group a run that vectors hold whole.
+bool streamed(const QGemm& op, const PanelKernel& kernel) {
+    const std::int64_t size = op.group_size, least = 4 * kernel.lanes;
+    return kernel.streams && op.rows == 1 && op.bits == 4 && op.x_zero == nullptr && size <= kRun &&
+           (size == least || size % (2 * least) == 0) && (op.x_group_size % size == 0 || op.x_group_size >= op.in);
+}
+
+void stream(const QGemm& op, const PanelKernel& kernel, int threads) {
+    const std::int64_t length = op.group_size, runs = (op.in + length - 1) / length, lanes = kernel.lanes;
+    const std::int64_t whole = (runs + lanes - 1) / lanes * lanes * length; // channels, with those that are not there
+    const Buffer<std::int8_t> x(whole);
+    const Buffer<std::int32_t> sum(runs + lanes);
+    const Buffer<float> scale(runs);
+    std::memcpy(x.get(), op.xq, static_cast<std::size_t>(op.in));
+    std::memset(x.get() + op.in, 0, static_cast<std::size_t>(whole - op.in));
+    std::memset(sum.get() + runs, 0, static_cast<std::size_t>(lanes) * 4);
+    for (std::int64_t run = 0; run < runs; ++run) {
+        sum.get()[run] = kernel.total(x.get() + run * length, length);
+        scale.get()[run] = op.x_scale[run * length / op.x_group_size];
+    }
+    for (std::int64_t k = 0; k < whole; k += 8 * lanes) { // a byte of codes holds channels 2j and 2j + 1
+        std::int8_t odd[4 * kMostLanes], *part = x.get() + k;
+        for (std::int64_t j = 0; j < 4 * lanes; ++j) {
+            odd[j] = part[2 * j + 1];
+            part[j] = part[2 * j];
+        }
+        std::memcpy(part + 4 * lanes, odd, static_cast<std::size_t>(4 * lanes));
+    }
+    const std::int64_t blocks = (op.out + lanes - 1) / lanes;
+    const std::int64_t shares = threads == 1 ? 1 : std::min<std::int64_t>(blocks, 4 * threads);
+    parallel(threads, shares, [&](std::int64_t i) {
+        kernel.stream({&op, length, runs, x.get(), sum.get(), scale.get(), i * blocks / shares * lanes,
+                       std::min(op.out, (i + 1) * blocks / shares * lanes)});
+    });
+}
+
 } // namespace
 
 void qgemm(const QGemm& op, int threads, Isa isa) {
@@ -174,9 +210,12 @@ void qgemm(const QGemm& op, int threads, Isa isa) {
 #if defined(PLANISH_X86)
     if (isa == Isa::avx2) kernel = &kPanelAvx2;
     if (isa == Isa::avx512) kernel = &kPanelAvx512;
-#elif defined(PLANISH_ARM)
-    if (isa == Isa::neon) kernel = &kPanelNeon;
+#else
+    (void)isa; // no kernel for other processors' dot products yet: plain C++
 #endif
+    const double work = static_cast<double>(op.rows) * static_cast<double>(op.out) * static_cast<double>(op.in);
+    threads = static_cast<int>(std::min<double>(threads, 1.0 + work / kWorkPerThread));
+    if (streamed(op, *kernel)) return stream(op, *kernel, threads);
     const std::vector<Run> runs = runs_of(op);
     const std::int64_t octets = runs.back().offset + runs.back().octets, P = kernel->outputs;
     const Activation x(op, runs, octets);
@@ -189,8 +228,6 @@ void qgemm(const QGemm& op, int threads, Isa isa) {
             std::memset(one, 1, sizeof one);
             lay(run, one, op.bits == 4, *kernel, x.ones.get() + run.offset * 8);
         }
-    const double work = static_cast<double>(op.rows) * static_cast<double>(op.out) * static_cast<double>(op.in);
-    threads = static_cast<int>(std::min<double>(threads, 1.0 + work / kWorkPerThread));
     // Rows of a block are laid out by several threads too: there may be only one block.
     const std::int64_t strips = op.rows * op.in < kWorkPerThread / 16 ? 1 : std::min<std::int64_t>(threads, block_rows);
     parallel(threads, walk.blocks * strips, [&](std::int64_t i) {
@@ -268,6 +305,31 @@ struct Vector { // sixteen outputs, in plain C++
     }
     static I high_nibbles(const I& v) {
         return each<I>([&](int l) { return v.at[l] >> 4 & 0x0F0F0F0F; });
+    }
+    static I as_ints(const F& v) { return load(static_cast<const void*>(&v)); }
+    static F as_float(const I& v) {
+        F out;
+        std::memcpy(&out, &v, sizeof out);
+        return out;
+    }
+    static I pair(const I& acc, const I& low, const I& high, const std::int8_t* x) {
+        std::uint8_t codes[2 * sizeof(I)];
+        store(codes, low);
+        store(codes + sizeof(I), high);
+        return each<I>([&](int l) {
+            std::int32_t sum = acc.at[l];
+            for (int i = 0; i < 4; ++i)
+                sum += codes[4 * l + i] * x[4 * l + i] + codes[4 * (lanes + l) + i] * x[4 * (lanes + l) + i];
+            return sum;
+        });
+    }
+    static I gathered(const I (&v)[lanes], bool halves) {
+        return each<I>([&](int l) {
+            const int width = halves ? lanes / 2 : lanes, vector = halves ? l / 2 : l, begin = halves ? l % 2 * width : 0;
+            std::int32_t sum = 0;
+            for (int k = begin; k < begin + width; ++k) sum += v[vector].at[k];
+            return sum;
+        });
     }
     static I load_words(const void* p, int count) {
         I out = {};

@@ -57,8 +57,21 @@ struct Tile {
     bool narrow;                   // codes below 16
 };
 
+// One row against outputs [first, last): each row of codes goes by as it lies, lanes hold runs, and `lanes` sums at a time
+// are turned so that lanes hold outputs. For runs that are groups of the weight, see PanelKernel::streams.
+struct Stream {
+    const QGemm* op;
+    std::int64_t length, runs;      // channels of a run, their number
+    const std::int8_t* x;           // for each vector of codes: its low nibbles' channels, then its high nibbles'
+    const std::int32_t* x_sum;      // (runs), then zeros for one more vector
+    const float* x_scale;           // (runs)
+    std::int64_t first, last;
+};
+
 struct PanelKernel {
     int outputs; // of a panel
+    int lanes;
+    bool streams; // whether there is `stream`: for runs of a multiple of 8 * lanes channels, or of 4 * lanes
     // Words [first, first + count) of each row of codes; a word has one quad, or two of alternate nibbles.
     void (*decode)(const std::uint8_t* const* rows, std::int64_t first, std::int64_t count, bool nibbles,
                    std::uint8_t* codes);
@@ -75,8 +88,9 @@ struct PanelKernel {
     // y = bias + low up^T: bias (outputs), low (rows, rank), up (rank, outputs).
     void (*start)(const float* bias, const float* low, const float* up, std::int64_t rank, std::int64_t rows, float* y);
     void (*tile)(const Tile& tile);
+    void (*stream)(const Stream& stream);
 };
 
-extern const PanelKernel kPanelPortable, kPanelNeon, kPanelAvx2, kPanelAvx512;
+extern const PanelKernel kPanelPortable, kPanelAvx2, kPanelAvx512;
 
 } // namespace planish

@@ -151,4 +151,95 @@ void tile(const Tile& t) {
     for (; row < t.rows; ++row) tile_rows<1>(t, row);
 }
 
-constexpr PanelKernel kKernel{kOutputs, decode, decode_any, scales, minus_zeros, deal, total, sums, start, tile};
+// `load` of n entries, and zeros.
+template <class T, auto load>
+inline Vector::I some(const void* from, std::int64_t at, std::int64_t n) {
+    const T* p = static_cast<const T*>(from) + at;
+    if (n >= kLanes) return load(p);
+    T copy[kLanes] = {};
+    std::memcpy(copy, p, sizeof(T) * static_cast<std::size_t>(n));
+    return load(copy);
+}
+
+// `Accs` sums of products over `vectors` of codes each, all of which are there.
+template <int Accs>
+inline void whole_sums(const std::uint8_t* codes, const std::int8_t* x, std::int64_t vectors, std::int64_t ahead,
+                       Vector::I (&acc)[kLanes]) {
+    for (int a = 0; a < Accs; ++a) {
+        acc[a] = Vector::spread(0);
+        std::int64_t v = 0;
+        do {
+            __builtin_prefetch(codes + ahead, 0, 2); // what comes next
+            const Vector::I here = Vector::load(static_cast<const void*>(codes));
+            acc[a] = Vector::pair(acc[a], Vector::low_nibbles(here), Vector::high_nibbles(here), x);
+            codes += 4 * kLanes, x += 8 * kLanes;
+        } while (++v < vectors);
+    }
+}
+
+// The exact sums of the runs [run, run + lanes) of one output, times their scales.
+inline Vector::F scaled_sums(const Stream& s, std::int64_t out, std::int64_t run) {
+    const QGemm& op = *s.op;
+    const std::int64_t words = (op.in + 7) / 8, left = s.runs - run;
+    const bool half = s.length < 8 * kLanes; // two runs to a vector of codes
+    const std::int64_t vectors = half ? 1 : s.length / (8 * kLanes), accs = half ? kLanes / 2 : kLanes;
+    const std::uint8_t* row = op.packed + out * words * 4;
+    std::int64_t word = run * s.length / 8;
+    const std::int8_t* x = s.x + word * 8;
+    constexpr std::int64_t ahead = 4096; // bytes: a page, which hardware does not cross by itself
+    Vector::I acc[kLanes];
+    if (words - word >= accs * vectors * kLanes) {
+        if (half)
+            whole_sums<kLanes / 2>(row + word * 4, x, 1, ahead, acc);
+        else if (vectors == 1)
+            whole_sums<kLanes>(row + word * 4, x, 1, ahead, acc);
+        else
+            whole_sums<kLanes>(row + word * 4, x, vectors, ahead, acc);
+    } else
+        for (std::int64_t a = 0; a < accs; ++a) {
+            acc[a] = Vector::spread(0);
+            for (std::int64_t v = 0; v < vectors && word < words; ++v, word += kLanes, x += 8 * kLanes) {
+                const Vector::I here =
+                    Vector::load_words(row + word * 4, words - word < kLanes ? static_cast<int>(words - word) : kLanes);
+                acc[a] = Vector::pair(acc[a], Vector::low_nibbles(here), Vector::high_nibbles(here), x);
+            }
+        }
+    const Vector::I zero = some<std::uint8_t, Vector::load_minus_bytes>(op.zero, out * s.runs + run, left);
+    const Vector::I sum = Vector::plus(Vector::gathered(acc, half), Vector::times(zero, Vector::load(s.x_sum + run)));
+    const std::int64_t at = out * s.runs + run;
+    const Vector::I scale = op.scale_type == Real::float16    ? some<std::uint16_t, Vector::load_half>(op.scale, at, left)
+                            : op.scale_type == Real::bfloat16 ? some<std::uint16_t, Vector::load_bfloat>(op.scale, at, left)
+                                                              : some<std::int32_t, Vector::load_ints>(op.scale, at, left);
+    return Vector::mul(Vector::to_float(sum), Vector::as_float(scale));
+}
+
+void stream(const Stream& s) {
+    const QGemm& op = *s.op;
+    for (std::int64_t o = s.first; o < s.last; o += kLanes) {
+        const int here = static_cast<int>(s.last - o < kLanes ? s.last - o : kLanes);
+        alignas(64) float y[kLanes] = {};
+        for (int l = 0; l < here; ++l) {
+            y[l] = op.bias == nullptr ? 0.0f : op.bias[o + l];
+            for (std::int64_t j = 0; j < op.rank; ++j) y[l] = __builtin_fmaf(op.up[(o + l) * op.rank + j], op.low[j], y[l]);
+        }
+        Vector::F sum = Vector::load(y);
+        constexpr int kBlocks = 8; // of runs: a row of codes goes by in long pieces, which is what memory is quick at
+        for (std::int64_t run = 0; run < s.runs; run += kBlocks * kLanes) {
+            Vector::I turned[kBlocks][kLanes];
+            for (int l = 0; l < kLanes; ++l)
+                for (int b = 0; b < kBlocks && run + b * kLanes < s.runs; ++b)
+                    turned[b][l] =
+                        l < here ? Vector::as_ints(scaled_sums(s, o + l, run + b * kLanes)) : Vector::spread(0);
+            for (int b = 0; b < kBlocks && run + b * kLanes < s.runs; ++b) {
+                Vector::transpose(turned[b]);
+                for (std::int64_t j = 0; j < kLanes && run + b * kLanes + j < s.runs; ++j)
+                    sum = Vector::fma(Vector::as_float(turned[b][j]), Vector::spread(s.x_scale[run + b * kLanes + j]), sum);
+            }
+        }
+        Vector::store(y, sum);
+        std::memcpy(op.y + o, y, sizeof(float) * static_cast<std::size_t>(here));
+    }
+}
+
+constexpr PanelKernel kKernel{kOutputs, kLanes, true,  decode, decode_any, scales, minus_zeros,
+                              deal,     total,  sums, start,  tile,       stream};

@@ -63,6 +63,25 @@ struct Vector {
             v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
         }
     }
+    static I as_ints(F v) { return _mm256_castps_si256(v); }
+    static F as_float(I v) { return _mm256_castsi256_ps(v); }
+    // acc plus products of nibbles with what lies at x: channels of the low ones, then of the high ones.
+    static I pair(I acc, I low, I high, const std::int8_t* x) {
+        const I sum = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(x)), _mm256_maddubs_epi16(high, load(x + 32)));
+        return plus(acc, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+    }
+    static I quarters(const I* v) { // lane 4h + e: the sum of half h of v[e]
+        const I a = plus(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+        const I b = plus(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+        return plus(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    }
+    // Sums of eight vectors, or of the halves of four.
+    static I gathered(const I (&v)[lanes], bool halves) {
+        const I a = quarters(v);
+        if (halves) return _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        const I b = quarters(v + 4);
+        return plus(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    }
     static I quad(const std::int8_t* x) {
         std::int32_t word;
         std::memcpy(&word, x, 4);
@@ -174,6 +193,28 @@ struct Vector {
             v[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
             v[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xDD);
         }
+    }
+
+    static I as_ints(F v) { return _mm512_castps_si512(v); }
+    static F as_float(I v) { return _mm512_castsi512_ps(v); }
+    // acc plus products of nibbles with what lies at x: channels of the low ones, then of the high ones.
+    static I pair(I acc, I low, I high, const std::int8_t* x) {
+        return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, load(x)), high, load(x + 64));
+    }
+    static I quarters(const I* v) { // lane 4q + e: the sum of quarter q of v[e]
+        const I a = plus(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+        const I b = plus(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+        return plus(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    }
+    static I joined(I a, I b) { // quarters of a in pairs, then those of b
+        return plus(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+    }
+    // Sums of sixteen vectors, or of the halves of eight.
+    static I gathered(const I (&v)[lanes], bool halves) {
+        const I a = joined(quarters(v), quarters(v + 4));
+        if (halves)
+            return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15), a);
+        return joined(a, joined(quarters(v + 8), quarters(v + 12)));
     }
 
     template <int R>

@@ -26,6 +26,18 @@ inline void tile(const T* x, std::int64_t x_stride, const T* b, std::int64_t b_s
         for (int n = 0; n < N; ++n) *reinterpret_cast<V*>(y + r * y_stride + n * lanes) = sum[r][n];
 }
 
+// One row: the block goes by once, from its first byte to its last. The sums are those of `tile`, in its order.
+template <class T>
+inline void sweep(const T* __restrict x, const T* __restrict b, std::int64_t size, T* __restrict y) {
+    for (std::int64_t j = 0; j < size; ++j) y[j] = 0;
+    std::int64_t i = 0;
+    for (; i + 4 <= size; i += 4, b += 4 * size)
+        for (std::int64_t j = 0; j < size; ++j)
+            y[j] = y[j] + x[i] * b[j] + x[i + 1] * b[size + j] + x[i + 2] * b[2 * size + j] + x[i + 3] * b[3 * size + j];
+    for (; i < size; ++i, b += size)
+        for (std::int64_t j = 0; j < size; ++j) y[j] = y[j] + x[i] * b[j];
+}
+
 // N vectors of outputs for all rows: R at a time, then fewer.
 template <class T, int R, int N>
 inline void columns(const Turn<T>& turn, const T* b, std::int64_t b_stride, T* y) {
@@ -40,6 +52,10 @@ inline void columns(const Turn<T>& turn, const T* b, std::int64_t b_stride, T* y
 
 template <class T>
 void turn_rows(const Turn<T>& t) {
+    if (t.rows <= 2) {
+        for (std::int64_t r = 0; r < t.rows; ++r) sweep(t.x + r * t.size, t.block, t.size, t.y + r * t.size);
+        return;
+    }
     constexpr int lanes = Vectors<T>::lanes;
     const std::int64_t wide = kWide * lanes;
     std::int64_t j = 0;
