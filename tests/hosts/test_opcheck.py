@@ -23,7 +23,9 @@ _PLAIN = {"x_zero": None, "x_group_size": None, "down": None, "up": None, "x": N
 _CASES = {
     "w4a16": ("w4a16", (_X, _PACKED, _SCALE, _ZERO, torch.ones(6)), {"bits": 4, "group_size": 8}),
     "w4a16, half": ("w4a16", (_X.half(), _PACKED, _SCALE, _ZERO, None), {"bits": 4, "group_size": 8}),
-    "quantize_rows": ("quantize_rows", (_X,), {"bits": 8, "group_size": 7, "symmetric": False}),
+    "quantize_rows": ("quantize_rows", (_X,), {
+        "bits": 8, "group_size": 7, "symmetric": False, "scale_dtype": torch.float16,
+    }),
     "qgemm": ("qgemm", (_XQ, _SCALE[:2, None, :1].expand(2, 5, 1), _PACKED, _SCALE, _ZERO, None), {
         "bits": 4, "group_size": 8, **_PLAIN,
     }),

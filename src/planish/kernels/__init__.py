@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 
-from planish.kernels import cpu, ops
+from planish.kernels import cpu, integer, ops  # noqa: F401
 
 __all__ = ["Backend", "backends", "qgemm", "quantize_rows", "rotate", "w4a16"]
+
+_OPS = ("w4a16", "quantize_rows", "qgemm", "rotate")
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,19 @@ def backends() -> tuple[Backend, ...]:
         ['qgemm', 'quantize_rows', 'rotate', 'w4a16']
     """
     if cpu.absence:
-        fast = [Backend("w4a16", "cpu", "reference", "all", f"the compiled module is absent: {cpu.absence}")]
+        why = f"the compiled module is absent: {cpu.absence}"
+        fast = [Backend(op, "cpu", "reference", "all", why) for op in _OPS]
     else:
         rounded = "bits=4, activation_bits=16 or 8, not float64, zero <= 15, padding groups to eights adds at most half"
         kernel = f"compiled ({cpu.isa})"
         fast = [
             Backend("w4a16", "cpu", f"{kernel}, repacked weight, integer activation", rounded),
             Backend("w4a16", "cpu", kernel, "bits=4, float32"),
+            Backend("quantize_rows", "cpu", kernel, "all"),
+            Backend("qgemm", "cpu", kernel, "all but dtype=float64"),
+            Backend("rotate", "cpu", kernel, "all"),
         ]
-    plain = ("w4a16", "quantize_rows", "qgemm", "rotate")
-    return (*fast, *(Backend(op, "any", "reference", "all", "no faster version is written yet") for op in plain))
+    return (*fast, *(Backend(op, "any", "reference", "all", "no faster version is written yet") for op in _OPS))
 
 
 def w4a16(
@@ -121,18 +126,26 @@ def w4a16(
 
 
 def quantize_rows(
-    x: Float[Tensor, "*rows channels"], *, bits: int = 8, group_size: int | None = None, symmetric: bool = True
+    x: Float[Tensor, "*rows channels"],
+    *,
+    bits: int = 8,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Int8[Tensor, "*rows channels"], Float[Tensor, "*rows groups"], Int8[Tensor, "*rows groups"]]:
     """Encode each row as signed integers: x is close to (codes - zero) * scale, and 0 is exact.
 
-    The range is that of the data, computed in float32. A row that holds NaN or infinity keeps a non-finite scale, so
-    that whatever is computed from it is visibly not finite. Not differentiable: a backward pass warns.
+    The range is that of the data, computed in float32. A group that holds NaN or infinity, or whose scale does not fit
+    its dtype, keeps a non-finite scale, so that whatever is computed from it is visibly not finite. Not differentiable:
+    a backward pass warns.
 
     Args:
         x: Activation, in float32, bfloat16, float16 or float64.
         bits: Width of a code, 2 to 8; codes lie in [-2^(bits-1), 2^(bits-1) - 1].
         group_size: Channels that share a scale, >= 1; None for one scale a row.
-        symmetric: Put zero at code 0; else the range is [min, max] of the group, widened to hold 0.
+        symmetric: Put zero at code 0, the extreme half a step beyond the last code; else the range is [min, max] of
+            the group, widened to hold 0.
+        scale_dtype: Dtype whose values scales take, before codes are chosen: float32, bfloat16 or float16.
 
     Returns:
         Codes, scales (float32, > 0) and the codes that stand for 0.
@@ -141,11 +154,13 @@ def quantize_rows(
         ValueError: A dtype or range does not fit.
 
     Example:
-        >>> codes, scale, zero = quantize_rows(torch.tensor([[-7.0, 0.0, 3.0]]), bits=4)
+        >>> codes, scale, zero = quantize_rows(torch.tensor([[-7.5, 0.0, 3.0]]), bits=4)
         >>> codes.tolist(), scale.tolist(), zero.tolist()
-        ([[-7, 0, 3]], [[1.0]], [[0]])
+        ([[-8, 0, 3]], [[1.0]], [[0]])
     """
-    codes, scale, zero = torch.ops.planish.quantize_rows(x, bits=bits, group_size=group_size, symmetric=symmetric)
+    codes, scale, zero = torch.ops.planish.quantize_rows(
+        x, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype
+    )
     return codes, scale, zero
 
 

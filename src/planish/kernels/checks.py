@@ -6,6 +6,7 @@ from torch import Tensor
 from planish._support import bad
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_SCALES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def groups(channels: int, group_size: int) -> int:
@@ -82,7 +83,7 @@ def check_w4a16(
     _weight("w4a16", _channels("w4a16", "x", x), x.device, packed, scale, zero, bias, bits, group_size)
 
 
-def check_quantize_rows(x: Tensor, bits: int, group_size: int | None) -> None:
+def check_quantize_rows(x: Tensor, bits: int, group_size: int | None, scale_dtype: torch.dtype) -> None:
     """Refuse what `quantize_rows` cannot encode."""
     _floating("quantize_rows", "x", x)
     _channels("quantize_rows", "x", x)
@@ -90,6 +91,8 @@ def check_quantize_rows(x: Tensor, bits: int, group_size: int | None) -> None:
         raise bad("quantize_rows", "bits", "an int in [2, 8]", bits)
     if group_size is not None and group_size < 1:
         raise bad("quantize_rows", "group_size", "None or an int >= 1", group_size)
+    if scale_dtype not in _SCALES:
+        raise bad("quantize_rows", "scale_dtype", "float32, bfloat16 or float16", scale_dtype)
 
 
 def check_qgemm(

@@ -26,7 +26,8 @@ LIBRARY.define(
     "int? activation_bits=None) -> Tensor"
 )
 LIBRARY.define(
-    "quantize_rows(Tensor x, *, int bits, int? group_size, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero)"
+    "quantize_rows(Tensor x, *, int bits, int? group_size, bool symmetric, ScalarType scale_dtype)"
+    " -> (Tensor codes, Tensor scale, Tensor zero)"
 )
 LIBRARY.define(
     "qgemm(Tensor xq, Tensor x_scale, Tensor packed, Tensor scale, Tensor zero, Tensor? bias, *, int bits, "
@@ -88,23 +89,22 @@ def w4a16_reference(
 
 
 def quantize_rows_reference(
-    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool
+    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Define `quantize_rows`: x is close to (codes - zero) * scale, group by group, and 0 is exact."""
-    check_quantize_rows(x, bits, group_size)
+    check_quantize_rows(x, bits, group_size, scale_dtype)
     channels = x.shape[-1]
     size = min(group_size or channels, channels)
     count = groups(channels, size)
     x_ng = F.pad(x.to(torch.float32), (0, count * size - channels)).unflatten(-1, (count, size))
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    tiny = torch.finfo(torch.float32).tiny  # an all-zero group still needs a scale to divide by
-    if symmetric:
-        scale = (x_ng.abs().amax(-1) / high).clamp_min(tiny)
-        zero = torch.zeros_like(scale)
-    else:
-        least, most = x_ng.amin(-1).clamp_max(0), x_ng.amax(-1).clamp_min(0)
-        scale = (most / (high - low) - least / (high - low)).clamp_min(tiny)
-        zero = (torch.round(-least / scale) + low).nan_to_num(0).clamp(low, high)
+    least, most = x_ng.amin(-1).clamp_max(0), x_ng.amax(-1).clamp_min(0)
+    # symmetric: half a step short of the extremes, so that both ends are within half a step of a code
+    span = torch.maximum(-least, most) / (high + 0.5) if symmetric else (most - least) / (high - low)
+    stored = span.to(scale_dtype).to(torch.float32).clamp_min(torch.finfo(scale_dtype).smallest_normal)
+    scale = torch.where(span == 0, 1.0, stored)
+    origin = torch.zeros_like(scale) if symmetric else torch.round(-least / scale) + low
+    zero = origin.nan_to_num(0).clamp(low, high)
     # A non-finite activation leaves a non-finite scale: whatever is computed from its code, 0, is not finite either.
     codes = (torch.round(x_ng / scale.unsqueeze(-1)) + zero.unsqueeze(-1)).nan_to_num(0).clamp(low, high)
     return codes.to(torch.int8).flatten(-2)[..., :channels].contiguous(), scale, zero.to(torch.int8)
@@ -168,9 +168,9 @@ def _w4a16_shape(
 
 
 def _quantize_rows_shape(
-    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool
+    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_quantize_rows(x, bits, group_size)
+    check_quantize_rows(x, bits, group_size, scale_dtype)
     per_row = (*x.shape[:-1], groups(x.shape[-1], group_size or x.shape[-1]))
     return (
         x.new_empty(x.shape, dtype=torch.int8),

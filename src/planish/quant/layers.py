@@ -34,7 +34,9 @@ class QLinear(nn.Module):
         format: Grid of the weight; groups run along the inputs.
         bias: Whether there is a bias.
         transform: Applied to the input first; None where it was folded into the layer before.
-        act: Grid to which the (transformed) input is rounded, a row at a time; None keeps it in float.
+        act: Grid to which the (transformed) input is rounded, a row at a time; None keeps it in float. On a CPU an
+            `Affine` grid of 2 to 8 bits runs on integers, where an input that is not finite gives a result that is not;
+            elsewhere it is refused.
         rank: Rank of a float branch beside the quantized weight; 0 for none.
         dtype: Of bias and branch; default torch's default.
         device: Where the buffers live.
@@ -148,6 +150,8 @@ class QLinear(nn.Module):
         """Return the layer's output, in the dtype of `x`."""
         if self.transform is not None:
             x = self.transform(x)
+        if self._on_integers(x):
+            return self._integer_product(x)
         low = None if self.down is None else x @ self.down.to(x.dtype).T  # the branch reads unrounded inputs
         if self.act is not None:
             x = self.act.fake(x)
@@ -159,8 +163,37 @@ class QLinear(nn.Module):
         )  # fmt: skip
         return y if low is None else y + low @ cast(Tensor, self.up).to(x.dtype).T
 
+    def _on_integers(self, x: Tensor) -> bool:
+        """Whether the product is one of integers: where there are kernels for it, and nobody wants gradients."""
+        wanted = (x, self.bias, self.down, self.up)
+        return (
+            isinstance(self.act, Affine)
+            and self.act.bits >= 2
+            and self.act.scale_dtype != "float64"
+            and x.dtype != torch.float64
+            and x.device.type == "cpu"
+            and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted))
+        )
+
+    def _integer_product(self, x: Tensor) -> Tensor:
+        """Encode the (transformed) input on the grid of `act`, and multiply codes by codes."""
+        act = cast(Affine, self.act)
+        act.n_groups(self.in_features)  # says what does not divide
+        codes, step, zero = kernels.quantize_rows(
+            x, bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
+            scale_dtype=SCALE_DTYPES[act.scale_dtype],
+        )  # fmt: skip
+        return kernels.qgemm(
+            codes, step, self.weight_packed, self.weight_scale, self._runtime_zeros(), self.bias,
+            bits=self.format.bits, group_size=self.format.group_size or self.in_features,
+            x_zero=None if act.symmetric else zero, x_group_size=act.group_size,
+            down=self.down, up=self.up, x=None if self.down is None else x, dtype=x.dtype,
+        )  # fmt: skip
+
     def _runtime_zeros(self) -> Tensor:
         """Zero points as the kernels want them, unpacked once for as long as the packed ones are not written to."""
+        if torch.compiler.is_compiling():  # a graph holds no versions: they are unpacked at each call
+            return self.zeros()
         packed = self.weight_scale if self.weight_zero_point is None else self.weight_zero_point
         kept = self.__dict__.get("_zeros")
         if kept is None or kept[0] is not packed or kept[1] != packed._version:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from planish import kernels
 from planish._support import bad
 
 
@@ -183,10 +184,7 @@ class Rotate(Transform):
         size = self.blocks.shape[-1]
         if x.shape[-1] % size or self.blocks.shape[0] not in (1, x.shape[-1] // size):
             raise bad("Rotate", "x", f"channels that {tuple(self.blocks.shape)} blocks cover", tuple(x.shape))
-        parts = x.unflatten(-1, (-1, size))
-        blocks = self.blocks.to(x.dtype).expand(parts.shape[-2], -1, -1)
-        rotated: Tensor = torch.einsum("...ks,kst->...kt", parts, blocks)
-        return rotated.flatten(-2)
+        return kernels.rotate(x, self.blocks.expand(x.shape[-1] // size, -1, -1))
 
     def weight(self, w: Float[Tensor, "out channels"]) -> Float[Tensor, "out channels"]:
         """Return W with each block of columns rotated alike."""

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,18 @@ _REFUSED = [
     (lambda: kernels.quantize_rows(_X, bits=1), "quantize_rows: `bits` must be an int in [2, 8]; got 1."),
     (lambda: kernels.quantize_rows(_X.int()), "quantize_rows: `x` must be float32, bfloat16, float16 or float64; got"),
     (lambda: kernels.quantize_rows(_X, group_size=0), "`group_size` must be None or an int >= 1; got 0."),
+    (
+        lambda: kernels.quantize_rows(_X, scale_dtype=torch.float64),
+        "quantize_rows: `scale_dtype` must be float32, bfloat16 or float16; got torch.float64.",
+    ),
+    (lambda: kernels.quantize_rows(torch.ones(2, 0)), "`x` must be a tensor of at least one channel; got (2, 0)."),
+    (lambda: qgemm(bias=torch.ones(6).to("meta")), "qgemm: `bias` must be on cpu like the input; got 'meta'."),
+    (lambda: qgemm(x_scale=torch.ones(2, 1).int()), "qgemm: `x_scale` must be float32, bfloat16, float16 or float64;"),
+    (
+        lambda: qgemm(x=_X.to("meta"), down=torch.ones(2, 20), up=torch.ones(6, 2)),
+        "qgemm: `x` must be on cpu like the input; got 'meta'.",
+    ),
+    (lambda: kernels.rotate(_X, torch.ones(4, 5, 5).to("meta")), "`blocks` must be on cpu like the input; got 'meta'."),
     (lambda: qgemm(xq=_X), "qgemm: `xq` must be int8; got torch.float32."),
     (lambda: qgemm(x_scale=torch.ones(2, 3)), "qgemm: `x_scale` must be of shape (2, 1); got (2, 3)."),
     (lambda: qgemm(x_zero=torch.ones(2, 1)), "qgemm: `x_zero` must be int8; got torch.float32."),
@@ -79,17 +93,16 @@ def test_bad_arguments_are_refused_in_one_sentence(call, request):
 def test_an_index_out_of_range_is_refused():
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         kernels.rotate(_X, torch.ones(4, 5, 5), torch.full((20,), 20))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        kernels.rotate(_X, torch.ones(4, 5, 5), torch.full((20,), -1))
 
 
 def test_every_op_has_a_row_of_its_own_in_backends():
     rows = kernels.backends()
     assert {row.op for row in rows if row.device == "any"} == {"w4a16", "quantize_rows", "qgemm", "rotate"}
-    fast = [row.kernel for row in rows if row.device == "cpu"]
-    assert fast == (
-        ["reference"]
-        if cpu.absence
-        else [f"compiled ({cpu.isa}), repacked weight, integer activation", f"compiled ({cpu.isa})"]
-    )
+    fast = [row for row in rows if row.device == "cpu"]
+    assert {row.op for row in fast} == {"w4a16", "quantize_rows", "qgemm", "rotate"}
+    assert {row.kernel.split(",")[0] for row in fast} == {"reference" if cpu.absence else f"compiled ({cpu.isa})"}
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="only where CI=true must the compiled module be there")
@@ -112,6 +125,43 @@ def test_without_the_compiled_module_one_warning_and_the_same_numbers(monkeypatc
     assert "No module named" in kernels.backends()[0].why
     with pytest.raises(ImportError, match="the compiled module is absent"):
         cpu.run_w4a16(x, _PACKED, _SCALE, _ZERO, None, group_size=8, instructions="portable")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: kernels.quantize_rows(_X, bits=4, group_size=7)[0],
+        lambda: qgemm(dtype=torch.float64),
+        lambda: qgemm().double(),
+        lambda: kernels.rotate(_X, torch.ones(4, 5, 5), torch.arange(19, -1, -1)),
+    ],
+    ids=["quantize_rows", "qgemm, float64", "qgemm", "rotate"],
+)
+def test_without_the_compiled_module_the_other_ops_warn_once_and_give_the_same(run, monkeypatch):
+    expected = run()
+    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(_support, "_warned", set())
+    with pytest.warns(_support.PlanishWarning, match="the compiled module is absent") as caught:
+        results = [run() for _ in range(2)]
+    assert len(caught) == 1
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.skipif(bool(cpu.absence), reason="the compiled module is absent")
+@pytest.mark.parametrize("name", ["portable", "sse9"])
+def test_the_environment_may_name_the_instruction_set(name):
+    program = "from planish.kernels import cpu; print(cpu.isa)"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PLANISH_ISA": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if name == "portable":
+        assert run.stdout.strip() == name, run.stderr
+    else:
+        assert "planish.kernels: `PLANISH_ISA` must be one of portable" in run.stderr
 
 
 @pytest.mark.skipif(bool(cpu.absence), reason="the compiled module is absent")

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #include "linear.h"
 #include "read.h"
 #include "w4a16.h"
@@ -79,6 +80,8 @@ void linear(std::uintptr_t data, std::int64_t out, std::int64_t in, std::int64_t
 
 } // namespace
 
+Isa planish::isa_named(const std::string& name) { return named(name); }
+
 NB_MODULE(_native, m) {
     m.def("best_isa", [] { return name_of(planish::best_isa()); });
     m.def("active_isa", [] { return name_of(planish::active_isa()); });
@@ -99,4 +102,5 @@ NB_MODULE(_native, m) {
         return planish::read_all(at<const void>(data), bytes, threads);
     });
     m.def("w4a16", &w4a16);
+    planish::bind_integer(m);
 }
