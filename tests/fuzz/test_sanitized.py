@@ -20,7 +20,7 @@ def test_w4a16_touches_no_byte_that_is_not_its_own(tmp_path):
     build += [
         f"-I{SOURCES}",
         str(HERE / "w4a16_sanitized.cpp"),
-        str(SOURCES / "w4a16.cpp"),
+        *(str(SOURCES / f"{name}.cpp") for name in ("isa", "pool", "w4a16")),
         "-o",
         str(program),
         "-lpthread",

@@ -41,6 +41,7 @@ int main(int argc, char** argv) {
         for (std::int64_t i = 0; i < packed.size; ++i) packed.data[i] = random();
         for (std::int64_t i = 0; i < zero.size; ++i) zero.data[i] = static_cast<std::uint8_t>(draw(0, 15));
         for (int isa = 0; isa <= static_cast<int>(planish::best_isa()); ++isa) {
+            if (!planish::runs(static_cast<planish::Isa>(isa))) continue;
             for (std::int64_t i = 0; i < y.size; ++i) y.data[i] = std::numeric_limits<float>::quiet_NaN();
             planish::w4a16({x.data.get(), packed.data.get(), scale.data.get(), zero.data.get(),
                             round % 2 == 0 ? bias.data.get() : nullptr, y.data.get(), rows, in, out, group_size},

@@ -3,12 +3,10 @@
 #include "w4a16.h"
 
 #include <algorithm>
-#include <system_error>
-#include <thread>
-#include <vector>
 
-#if defined(__GNUC__) && defined(__x86_64__)
-#define PLANISH_X86 1
+#include "pool.h"
+
+#if defined(PLANISH_X86)
 #include <immintrin.h>
 #endif
 
@@ -17,7 +15,7 @@ namespace {
 
 constexpr std::int64_t kPanelRows = 4;   // output channels decoded together
 constexpr std::int64_t kPanelCols = 1024; // input channels of a panel: 16 KB in all; a multiple of 8
-constexpr std::int64_t kWorkPerThread = std::int64_t{1} << 20; // multiplications worth the start of a thread
+constexpr std::int64_t kWorkPerThread = std::int64_t{1} << 20; // multiplications worth a thread
 
 // One run of channels [begin, end) of one output channel, all in the same group: w[k - begin] = (code - zero) * scale.
 using DecodeRun = void (*)(const std::uint32_t* words, std::int64_t begin, std::int64_t end, float scale, float zero,
@@ -160,14 +158,6 @@ void outputs(const W4A16& op, DecodeRun decode, DotPanel dot, std::int64_t first
 
 } // namespace
 
-Isa best_isa() {
-#if defined(PLANISH_X86)
-    if (__builtin_cpu_supports("avx512f")) return Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
-    return Isa::portable;
-}
-
 void w4a16(const W4A16& op, int threads, Isa isa) {
     DecodeRun decode = decode_portable;
     DotPanel dot = dot_portable;
@@ -178,20 +168,10 @@ void w4a16(const W4A16& op, int threads, Isa isa) {
     const std::int64_t panels = (op.out + kPanelRows - 1) / kPanelRows;
     const std::int64_t worth = 1 + op.out * op.in / kWorkPerThread * std::max<std::int64_t>(op.rows, 1);
     const std::int64_t parts = std::max<std::int64_t>(1, std::min({std::int64_t{threads}, worth, panels}));
-    auto part = [&](std::int64_t p) {
+    parallel(threads, parts, [&](std::int64_t p) {
         outputs(op, decode, dot, p * panels / parts * kPanelRows,
                 std::min(op.out, (p + 1) * panels / parts * kPanelRows));
-    };
-    std::vector<std::thread> others;
-    std::int64_t started = 1; // part 0 is ours
-    try {
-        for (others.reserve(parts - 1); started < parts; ++started) others.emplace_back(part, started);
-    } catch (const std::system_error&) {
-        // no more threads to be had: the rest of the parts run here
-    }
-    part(0);
-    for (std::int64_t p = started; p < parts; ++p) part(p);
-    for (std::thread& t : others) t.join();
+    });
 }
 
 } // namespace planish

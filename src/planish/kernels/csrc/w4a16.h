@@ -2,12 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "isa.h"
+
 namespace planish {
-
-enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
-
-// The best instruction set that this processor runs and this build holds.
-Isa best_isa();
 
 struct W4A16 {
     const float* x;              // (rows, in), contiguous
@@ -19,7 +16,7 @@ struct W4A16 {
     std::int64_t rows, in, out, group_size;
 };
 
-// Callers have checked shapes and strides; `isa` must not exceed best_isa(); threads >= 1.
+// Callers have checked shapes and strides; runs(isa) must hold; threads >= 1.
 void w4a16(const W4A16& op, int threads, Isa isa);
 
 } // namespace planish
