@@ -101,7 +101,7 @@ def _listening(module: nn.Module, events: list[_Event]) -> Iterator[None]:
 
         def note(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, n: str = name) -> None:  # noqa: ANN401
             given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            if given is not None and isinstance(out, Tensor):
+            if given is not None and isinstance(out, Tensor) and out is not given:  # dropout passes its input on
                 events.append(_Event(m, n, given, out))
 
         handles.append(leaf.register_forward_hook(note, with_kwargs=True))
@@ -295,7 +295,7 @@ def _block(block: nn.Module, events: list[_Event], hidden: Tensor, config: Any, 
         gate_up=[e.module for e in gate_up],
         down=[e.module for e in down],
         window=int(window or 0),
-        rope=rope,
+        rope=rope if getattr(attention, "use_rope", True) else -1,
     )
     scale = float(getattr(attention, "scaling", head_dim**-0.5))
     return _Found(parts, _gate(gate), scale, float(softcap or 0.0), (heads, kv_heads, head_dim, inner))

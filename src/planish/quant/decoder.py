@@ -80,9 +80,9 @@ class Decoder(nn.Module):
         self.why = ""
         try:
             with torch.no_grad():
-                self._native = self._build()
+                self._build()
         except UnfitError as error:
-            self.why = str(error)
+            self._native, self.why = None, str(error)
             warn_once(f"Decoder: {type(model).__name__} runs as transformers runs it, since {self.why}.")
 
     @property
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         """The model's config."""
         return self.model.config
 
-    def _build(self) -> decoding.NativeDecoder:
+    def _build(self) -> None:
         model = self.model
         if not any(isinstance(m, QLinear) for m in model.modules()):
             raise UnfitError("it holds no 4-bit layers")
@@ -112,10 +112,8 @@ class Decoder(nn.Module):
         parts = examine(model, prompt)
         self._head_weight = _dense(parts.head)
         self._head_bias, self._head_softcap = _float(getattr(parts.head, "bias", None)), parts.head_softcap
-        made = _assemble(parts, self._head_weight, self._head_bias, codes=self.head == "int8")
-        self._native = made
+        self._native = _assemble(parts, self._head_weight, self._head_bias, codes=self.head == "int8")
         self._verify(prompt)
-        return made
 
     def _verify(self, prompt: Tensor) -> None:
         """Compare logits with the model's own: of a whole prompt, and token by token through the cache and the head."""

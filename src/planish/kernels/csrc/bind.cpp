@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "decoder_bind.h"
 #include "linear.h"
 #include "w4a16.h"
 
@@ -93,5 +94,6 @@ NB_MODULE(_native, m) {
           });
     m.def("prepare", &prepare);
     m.def("linear", &linear);
+    planish::bind_decoder(m);
     m.def("w4a16", &w4a16);
 }
