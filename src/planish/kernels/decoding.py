@@ -3,9 +3,11 @@
 `NativeDecoder` holds the tensors that the compiled side points into; nothing it was given may be moved or freed before.
 """
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,9 +15,12 @@ from torch import Tensor
 
 from planish._support import bad
 from planish.kernels import cpu
+from planish.kernels.checks import check_w4a16
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 GATES = ("silu", "gelu_tanh", "gelu")
+_TILE = 32  # rows that kernels take together
+_GATE_UP = 2  # place of gate and up among the layers of a block
 _WHERE = "planish.kernels.NativeDecoder"
 
 Norm = tuple[Tensor, float] | None
@@ -23,12 +28,14 @@ Norm = tuple[Tensor, float] | None
 
 @dataclass(frozen=True)
 class Matrix:
-    """One linear layer: prepared 4-bit codes, or dense rows (out, in) in float32, float16 or bfloat16."""
+    """One linear layer: 4-bit codes as `w4a16` takes them, or dense rows in float32, float16 or bfloat16."""
 
     out: int
     channels: int
     dense: Tensor | None = None
-    prepared: Tensor | None = None
+    packed: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
     group_size: int = 0
     bias: Tensor | None = None
 
@@ -96,28 +103,32 @@ def absence() -> str:
     return "" if cpu._native is not None else cpu.absence
 
 
+_PAGE = 2 << 20
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def prepare(packed: Tensor, scale: Tensor, zero: Tensor | None, *, channels: int, group_size: int) -> Tensor:
-    """Repack a 4-bit weight into the order in which it is streamed (csrc/linear.h)."""
-    native, out = module(), packed.shape[0]
-    scale = scale.contiguous() if scale.dtype in _SCALES else scale.float().contiguous()
-    kind = _SCALES[scale.dtype]
-    size = native.prepared_bytes(out, channels, group_size, kind, zero is not None)
-    room = torch.empty(size + 64, dtype=torch.uint8)
-    data = room[-room.data_ptr() % 64 :][:size]
-    packed, zero = packed.contiguous(), None if zero is None else zero.contiguous()
-    native.prepare(
-        packed.data_ptr(), scale.data_ptr(), kind, 0 if zero is None else zero.data_ptr(), out, channels, group_size,
-        data.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return data
+class _Arena:
+    """Prepared weights in the order in which one thread streams them, on large pages where the system has them."""
 
+    def __init__(self) -> None:
+        self.size = 0
+        self.memory: Tensor | None = None
 
-def prepared_for(data: Tensor, out: int, channels: int, group_size: int) -> bool:
-    """Say whether a buffer was prepared for a shape."""
-    return bool(module().prepared_for(data.data_ptr(), data.numel(), out, channels, group_size))
+    def place(self, size: int) -> int:
+        """Reserve bytes and return their offset."""
+        offset, self.size = self.size, self.size + -(-size // 64) * 64
+        return offset
+
+    def open(self) -> None:
+        """Allocate what was reserved."""
+        if self.size == 0:
+            return
+        room = mmap.mmap(-1, self.size + _PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without large pages
+                room.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(room, dtype=torch.uint8)
+        self.memory = memory[-memory.data_ptr() % _PAGE :][: self.size]
 
 
 def encode_rows(weight: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +157,52 @@ def encode_rows(weight: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor,
     return codes, scale, lost
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """Rows [first, last) of a matrix, whose outputs go to `column`, at `offset` of their part's arena."""
+
+    matrix: Matrix
+    first: int
+    last: int
+    column: int
+    offset: int
+
+
+def _check_matrix(m: Matrix, channels: int) -> None:
+    if m.channels != channels or (m.dense is None) == (m.packed is None):
+        raise bad(_WHERE, "matrices", f"of {channels} channels, dense or packed", (m.out, m.channels))
+    if m.dense is not None:
+        if tuple(m.dense.shape) != (m.out, channels):
+            raise bad(_WHERE, "matrices", f"({m.out}, {channels})", tuple(m.dense.shape))
+        return
+    if not 1 <= m.group_size <= channels or m.scale is None:
+        raise bad(_WHERE, "group_size", f"between 1 and {channels}, with scales", m.group_size)
+    x = torch.empty(1, channels)
+    zero = torch.empty(m.scale.shape, dtype=torch.uint8) if m.zero is None else m.zero
+    check_w4a16(x, cast(Tensor, m.packed), m.scale, zero, None, 4, m.group_size)
+
+
+def _rows_of(matrices: Sequence[Matrix], start: int, stop: int) -> list[tuple[Matrix, int, int, int]]:
+    """Find rows [start, stop) of matrices that lie one below another: matrix, its first and last row, the column."""
+    found, base = [], 0
+    for m in matrices:
+        first, last = max(start - base, 0), min(stop - base, m.out)
+        if first < last:
+            found.append((m, first, last, base + first))
+        base += m.out
+    return found
+
+
+def _reserve(arena: _Arena, m: Matrix, first: int, last: int, column: int) -> _Slice:
+    offset = 0
+    if m.packed is not None and m.scale is not None:
+        kind = _SCALES.get(m.scale.dtype, 0)
+        offset = arena.place(
+            module().prepared_bytes(last - first, m.channels, m.group_size, kind, m.zero is not None)
+        )
+    return _Slice(m, first, last, column, offset)
+
+
 class NativeDecoder:
     """A decoder in the compiled module.
 
@@ -156,6 +213,7 @@ class NativeDecoder:
         embedding: Rows of the vocabulary.
         last: The norm before the head.
         head: The output layer.
+        parts: Into how many parts weights are divided, one a thread. Default the threads that torch uses now.
 
     Raises:
         ImportError: The compiled module is absent.
@@ -170,10 +228,12 @@ class NativeDecoder:
         embedding: Tensor,
         last: Norm,
         head: Head,
+        parts: int | None = None,
     ) -> None:
         native = module()
         self.shape, self.kept = shape, []
         self.cache: _Cache | None = None
+        self.parts = max(1, min(parts or torch.get_num_threads(), 64))
         self.padded = -(-shape.head_dim // 16) * 16
         if shape.gate not in GATES:
             raise bad(_WHERE, "gate", f"one of {', '.join(GATES)}", shape.gate)
@@ -181,7 +241,7 @@ class NativeDecoder:
             raise bad(_WHERE, "shape", "whole groups of heads", shape)
         self.native = native.Decoder(
             shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.inner, shape.vocab,
-            shape.scale, shape.softcap, shape.embed_scale, GATES.index(shape.gate),
+            shape.scale, shape.softcap, shape.embed_scale, GATES.index(shape.gate), self.parts,
         )  # fmt: skip
         self.positions = min([cos.shape[0] for cos, _ in ropes], default=1 << 30)
         for cos, sin in ropes:
@@ -189,8 +249,12 @@ class NativeDecoder:
                 raise bad(_WHERE, "ropes", f"tables of at most {shape.head_dim // 2} columns", tuple(cos.shape))
             self.native.add_rope(self._at(cos, "ropes"), self._at(sin, "ropes"), cos.shape[1])
         self.layers = len(blocks)
-        for block in blocks:
-            self._add(block, len(ropes))
+        self.arenas = [_Arena() for _ in range(self.parts)]
+        places = [self._place(block, len(ropes)) for block in blocks]
+        for arena in self.arenas:
+            arena.open()
+        for block, placed in zip(blocks, places, strict=True):
+            self._add(block, placed)
         if tuple(embedding.shape) != (shape.vocab, shape.hidden) or tuple(head.exact.shape) != tuple(embedding.shape):
             raise bad(_WHERE, "embedding", f"rows ({shape.vocab}, {shape.hidden})", tuple(embedding.shape))
         codes = head.codes
@@ -229,34 +293,60 @@ class NativeDecoder:
     def _norm(self, norm: Norm, width: int) -> tuple[int, float]:
         return (0, 0.0) if norm is None else (self._vector(norm[0], width), norm[1])
 
-    def _matrix(self, m: Matrix, channels: int) -> tuple[int, int, int, int, int, int, int]:
-        if m.channels != channels or (m.dense is None) == (m.prepared is None):
-            raise bad(_WHERE, "matrices", f"of {channels} channels, dense or prepared", (m.out, m.channels))
-        kind = prepared = dense = 0
-        if m.prepared is not None:
-            if not prepared_for(m.prepared, m.out, m.channels, m.group_size):
-                raise bad(_WHERE, "matrices", "prepared for their shape", (m.out, m.channels, m.group_size))
-            prepared = self._keep(m.prepared)
-        elif m.dense is not None:
-            if tuple(m.dense.shape) != (m.out, channels):
-                raise bad(_WHERE, "matrices", f"({m.out}, {channels})", tuple(m.dense.shape))
-            dense, kind = self._rows(m.dense), KINDS[m.dense.dtype]
-        return m.out, channels, m.group_size, prepared, dense, kind, self._vector(m.bias, m.out)
-
-    def _add(self, block: Block, ropes: int) -> None:
+    def _place(self, block: Block, ropes: int) -> list[list[list[_Slice]]]:
+        """Check a block, divide its layers' rows among the parts, and reserve memory for them in streaming order."""
         s = self.shape
-        queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        wanted = (s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.inner), (s.inner, s.hidden)
-        fields = []
-        for matrices, (channels, out) in zip(block.matrices, wanted, strict=True):
-            if sum(m.out for m in matrices) != out or not 1 <= len(matrices) <= 4:
-                raise bad(_WHERE, "matrices", f"of {out} outputs together", [m.out for m in matrices])
-            fields.append([self._matrix(m, channels) for m in matrices])
         if not -1 <= block.rope < ropes or block.window < 0:
             raise bad(_WHERE, "blocks", "of a known rope and a window >= 0", (block.rope, block.window))
+        queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        wanted = (s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.inner), (s.inner, s.hidden)
+        for matrices, (channels, out) in zip(block.matrices, wanted, strict=True):
+            if sum(m.out for m in matrices) != out:
+                raise bad(_WHERE, "matrices", f"of {out} outputs together", [m.out for m in matrices])
+            for m in matrices:
+                _check_matrix(m, channels)
+        placed: list[list[list[_Slice]]] = [[[] for _ in range(self.parts)] for _ in wanted]
+        for part, arena in enumerate(self.arenas):
+            for layer, (matrices, (_, out)) in enumerate(zip(block.matrices, wanted, strict=True)):
+                if layer == _GATE_UP:  # gate and up of the same channels, so that a part can join them by itself
+                    first, last = self._share(s.inner, part)
+                    ranges = [(first, last), (s.inner + first, s.inner + last)]
+                else:
+                    ranges = [self._share(out, part)]
+                for start, stop in ranges:
+                    placed[layer][part] += [_reserve(arena, *piece) for piece in _rows_of(matrices, start, stop)]
+        return placed
+
+    def _share(self, total: int, part: int) -> tuple[int, int]:
+        tiles = -(-total // _TILE)
+        first, last = (min(total, tiles * p // self.parts * _TILE) for p in (part, part + 1))
+        return first, last
+
+    def _add(self, block: Block, placed: list[list[list[_Slice]]]) -> None:
+        s = self.shape
+        fields = [[[self._slice(x, arena) for x in part] for part, arena in zip(layer, self.arenas, strict=True)]
+                  for layer in placed]  # fmt: skip
         widths = (s.hidden,) * 4 + (s.head_dim,) * 2
         norms = [self._norm(norm, width) for norm, width in zip(block.norms, widths, strict=True)]
-        self.native.add_block(norms, fields, block.window, block.rope)
+        inner = [self._share(s.inner, part)[0] for part in range(self.parts)] + [s.inner]
+        self.native.add_block(norms, fields, inner, block.window, block.rope)
+
+    def _slice(self, x: _Slice, arena: _Arena) -> tuple[int, int, int, int, int, int, int, int]:
+        m, kind, prepared, dense = x.matrix, 0, 0, 0
+        if m.packed is not None and m.scale is not None and arena.memory is not None:
+            packed, scale = m.packed[x.first : x.last].contiguous(), m.scale[x.first : x.last]
+            scale = (scale if scale.dtype in _SCALES else scale.float()).contiguous()
+            zero = None if m.zero is None else m.zero[x.first : x.last].contiguous()
+            prepared = arena.memory.data_ptr() + x.offset
+            module().prepare(
+                packed.data_ptr(), scale.data_ptr(), _SCALES[scale.dtype], 0 if zero is None else zero.data_ptr(),
+                x.last - x.first, m.channels, m.group_size, prepared, torch.get_num_threads(),
+            )  # fmt: skip
+        elif m.dense is not None:
+            dense = self._rows(m.dense) + x.first * m.channels * m.dense.element_size()
+            kind = KINDS[m.dense.dtype]
+        bias = self._vector(m.bias, m.out)
+        return x.last - x.first, m.channels, m.group_size, prepared, dense, kind, bias and bias + 4 * x.first, x.column
 
     def reserve(self, slots: int, positions: int, dtype: torch.dtype = torch.float32) -> None:
         """Make room for keys and values; what the cache held is lost, unless it is large enough as it is.

@@ -374,10 +374,10 @@ def _matrix(layer: nn.Module) -> decoding.Matrix:
         raise UnfitError("a layer is not plainly 4-bit: it has other bits, a transform, rounded inputs or a branch")
     group = min(layer.format.group_size or layer.in_features, layer.in_features)
     zero = None if layer.weight_zero_point is None else layer.zeros()
-    data = decoding.prepare(
-        layer.weight_packed, layer.weight_scale, zero, channels=layer.in_features, group_size=group
-    )
-    return decoding.Matrix(layer.out_features, layer.in_features, prepared=data, group_size=group, bias=bias)
+    return decoding.Matrix(
+        layer.out_features, layer.in_features, packed=layer.weight_packed, scale=layer.weight_scale, zero=zero,
+        group_size=group, bias=bias,
+    )  # fmt: skip
 
 
 def _pair(norm: Norm | None) -> decoding.Norm:

@@ -17,18 +17,22 @@ struct Norm {
     float eps = 0.0f;
 };
 
-struct Matrix { // 4-bit where `weight.data` is set, else dense rows
+struct Slice { // some rows of a layer: 4-bit where `weight.data` is set, else dense
     Linear weight;
     const void* dense;
     Kind kind;
-    const float* bias; // or null
+    const float* bias; // of these rows, or null
+    std::int64_t column; // where its outputs go in the row
 };
+// What each part of a team multiplies: parts differ in rows, so that each streams memory of its own, in order.
+using Layer = std::vector<std::vector<Slice>>;
 
 struct DecoderBlock {
     Norm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
-    std::vector<Matrix> qkv, out, gate_up, down; // side by side where there are several
-    std::int64_t window = 0;                     // positions a token sees, itself included; 0: all
-    std::int64_t rope = 0;                       // which table
+    Layer qkv, out, gate_up, down;
+    std::vector<std::int64_t> inner; // part p makes the inner channels [inner[p], inner[p + 1])
+    std::int64_t window = 0;         // positions a token sees, itself included; 0: all
+    std::int64_t rope = 0;           // which table; -1: none
 };
 
 struct Rope { // cos and sin of (position, half); half = turned dimensions / 2
@@ -60,7 +64,7 @@ struct DecoderShape {
 
 class Decoder {
   public:
-    explicit Decoder(const DecoderShape& shape);
+    Decoder(const DecoderShape& shape, std::int64_t parts);
 
     std::vector<DecoderBlock> blocks;
     std::vector<Rope> ropes;
@@ -69,9 +73,6 @@ class Decoder {
     Norm last;
     Head head;
     Cache cache;
-
-    std::int64_t padded_head() const { return padded_; }
-    std::int64_t keys_of_a_position() const { return shape_.kv_heads * padded_; }
 
     // Run `rows` tokens. `kept` names the rows whose hidden state, after the last norm, goes to `hidden` (n_kept, H).
     void step(const std::int64_t* tokens, const std::int64_t* slots, const std::int64_t* positions, std::int64_t rows,
@@ -82,20 +83,33 @@ class Decoder {
     void logits(const float* hidden, float span, float* out, int threads);
 
   private:
-    void multiply(const std::vector<Matrix>& parts, const float* x, std::int64_t rows, std::int64_t in, float* y,
-                  std::int64_t y_stride, int activation_bits, int threads);
-    void turn(const DecoderBlock& block, float* row, std::int64_t layer, std::int64_t slot, std::int64_t position);
-    void attend(const DecoderBlock& block, std::int64_t layer, const std::int64_t* slots, const std::int64_t* positions,
-                std::int64_t rows, int threads);
-    void attend_one(const DecoderBlock& block, std::int64_t layer, std::int64_t slot, std::int64_t position,
-                    std::int64_t kv_head, const float* q, float* out, std::vector<float>& scores) const;
+    struct Rows { // what is run, seen by all parts
+        const std::int64_t *slots, *positions;
+        std::int64_t count;
+        int activation_bits;
+    };
+    struct Own { // what a part keeps to itself
+        std::vector<float> x, normed, scores;
+    };
+
+    void embed(const std::int64_t* tokens, std::int64_t rows, float* x) const;
+    void multiply(const std::vector<Slice>& slices, const float* x, std::int64_t rows, std::int64_t in, float* y,
+                  std::int64_t y_stride, int activation_bits) const;
+    void multiply_all(const Layer& layer, const float* x, std::int64_t rows, std::int64_t in, float* y,
+                      std::int64_t y_stride, int activation_bits, int threads) const;
+    void turn(const DecoderBlock& block, std::int64_t layer, const Rows& rows, std::int64_t row, std::int64_t head);
+    void attend(const DecoderBlock& block, std::int64_t layer, const Rows& rows, std::int64_t row, std::int64_t first,
+                std::int64_t last, std::vector<float>& scores);
+    void gate(const Rows& rows, std::int64_t row, std::int64_t first, std::int64_t last);
+    void few(const Rows& rows, int threads); // a team that stays together for all layers
+    void many(const Rows& rows, int threads); // one fork and join an operation
     float approximate(const float* hidden, float* out, float& size, int threads) const;
 
     DecoderShape shape_;
-    std::int64_t padded_; // head_dim up to a multiple of 16
+    std::int64_t parts_, padded_, qkv_width_; // padded_: head_dim up to a multiple of 16
     const Math& math_;
-    std::vector<float> x_, normed_, qkv_, attended_, made_, gates_, inner_, logits_;
-    std::vector<std::vector<float>> scores_;
+    std::vector<float> qkv_, attended_, made_, made_down_, gates_, inner_, logits_;
+    std::vector<Own> own_;
 };
 
 } // namespace planish

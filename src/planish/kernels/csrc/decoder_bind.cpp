@@ -18,10 +18,10 @@ namespace {
 
 using Address = std::uintptr_t;
 using NormFields = std::tuple<Address, float>;
-// out, in, group_size, prepared, dense, kind, bias
-using MatrixFields =
-    std::tuple<std::int64_t, std::int64_t, std::int64_t, Address, Address, int, Address>;
-using Matrices = std::vector<MatrixFields>;
+// out, in, group_size, prepared, dense, kind, bias, column
+using SliceFields =
+    std::tuple<std::int64_t, std::int64_t, std::int64_t, Address, Address, int, Address, std::int64_t>;
+using LayerFields = std::vector<std::vector<SliceFields>>; // part by part
 
 template <class T>
 T* at(Address address) {
@@ -30,26 +30,30 @@ T* at(Address address) {
 
 Norm norm_of(const NormFields& f) { return Norm{at<const float>(std::get<0>(f)), std::get<1>(f)}; }
 
-std::vector<Matrix> matrices_of(const Matrices& all) {
-    if (all.size() > 4) throw std::invalid_argument("at most four matrices side by side");
-    std::vector<Matrix> made;
-    for (const auto& [out, in, group, prepared, dense, kind, bias] : all)
-        made.push_back(Matrix{Linear{out, in, group, at<const void>(prepared)}, at<const void>(dense),
-                              static_cast<Kind>(kind), at<const float>(bias)});
+Layer layer_of(const LayerFields& all) {
+    Layer made;
+    for (const auto& part : all) {
+        made.emplace_back();
+        for (const auto& [out, in, group, prepared, dense, kind, bias, column] : part)
+            made.back().push_back(Slice{Linear{out, in, group, at<const void>(prepared)}, at<const void>(dense),
+                                        static_cast<Kind>(kind), at<const float>(bias), column});
+    }
     return made;
 }
 
-void add_block(Decoder& d, const std::vector<NormFields>& norms, const std::vector<Matrices>& matrices,
-               std::int64_t window, std::int64_t rope) {
-    if (norms.size() != 6 || matrices.size() != 4) throw std::invalid_argument("a block has 6 norms and 4 matrices");
+void add_block(Decoder& d, const std::vector<NormFields>& norms, const std::vector<LayerFields>& layers,
+               const std::vector<std::int64_t>& inner, std::int64_t window, std::int64_t rope) {
+    if (norms.size() != 6 || layers.size() != 4) throw std::invalid_argument("a block has 6 norms and 4 layers");
     if (rope >= static_cast<std::int64_t>(d.ropes.size())) throw std::invalid_argument("no such rope");
+    for (const auto& layer : layers)
+        if (layer.size() + 1 != inner.size()) throw std::invalid_argument("a layer lacks a part");
     DecoderBlock b;
     b.before_attention = norm_of(norms[0]), b.after_attention = norm_of(norms[1]);
     b.before_mlp = norm_of(norms[2]), b.after_mlp = norm_of(norms[3]);
     b.q_norm = norm_of(norms[4]), b.k_norm = norm_of(norms[5]);
-    b.qkv = matrices_of(matrices[0]), b.out = matrices_of(matrices[1]);
-    b.gate_up = matrices_of(matrices[2]), b.down = matrices_of(matrices[3]);
-    b.window = window, b.rope = rope;
+    b.qkv = layer_of(layers[0]), b.out = layer_of(layers[1]);
+    b.gate_up = layer_of(layers[2]), b.down = layer_of(layers[3]);
+    b.inner = inner, b.window = window, b.rope = rope;
     d.blocks.push_back(std::move(b));
 }
 
@@ -59,9 +63,11 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Decoder>(m, "Decoder")
         .def("__init__",
              [](Decoder* self, std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
-                std::int64_t inner, std::int64_t vocab, float scale, float softcap, float embed_scale, int gate) {
+                std::int64_t inner, std::int64_t vocab, float scale, float softcap, float embed_scale, int gate,
+                std::int64_t parts) {
                  new (self) Decoder(DecoderShape{hidden, heads, kv_heads, head_dim, inner, vocab, scale, softcap,
-                                                 embed_scale, gate});
+                                                 embed_scale, gate},
+                                    parts);
              })
         .def("add_rope",
              [](Decoder& d, Address cos, Address sin, std::int64_t half) {
