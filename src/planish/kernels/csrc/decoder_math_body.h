@@ -219,6 +219,7 @@ template <class Weight>
 PLANISH_INLINE void dots_of(const Weight* w, const float* x, std::int64_t n, std::int64_t first, std::int64_t last,
                             float* y) {
     constexpr int kRows = 4;
+    constexpr std::int64_t kAhead = 8192; // bytes to have under way
     std::int64_t r = first;
     for (; r + kRows <= last; r += kRows) {
         const Weight* row = w + r * n;
@@ -229,6 +230,7 @@ PLANISH_INLINE void dots_of(const Weight* w, const float* x, std::int64_t n, std
             get(x + i, a);
             get(x + i + 16, b);
             for (int k = 0; k < kRows; ++k) {
+                __builtin_prefetch(row + k * n + i + kAhead / sizeof(Weight));
                 Floats v, u;
                 get(row + k * n + i, v);
                 get(row + k * n + i + 16, u);

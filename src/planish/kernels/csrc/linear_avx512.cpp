@@ -86,6 +86,8 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
     for (std::int64_t s = 0; s < job.cut->count; ++s) {
         __m512i dot[kSets][kRows][kHalves][2] = {};
         for (std::int64_t u = job.cut->segment_units(s); u > 0; --u, codes += 128, q += kUnit) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + 8192), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(codes + 8256), _MM_HINT_T0);
             const __m512i w0 = _mm512_load_si512(codes), w1 = _mm512_load_si512(codes + 64);
             const __m512i even[2] = {_mm512_and_si512(w0, nibble), _mm512_and_si512(w1, nibble)};
             const __m512i odd[2] = {_mm512_and_si512(_mm512_srli_epi16(w0, 4), nibble),
