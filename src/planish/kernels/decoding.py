@@ -98,6 +98,11 @@ def module() -> Any:  # noqa: ANN401  (the compiled module has no types)
     return cpu._native
 
 
+def instructions() -> str:
+    """Return the instruction set in use."""
+    return str(module().active_isa())
+
+
 def absence() -> str:
     """Return why there is no compiled module, empty where there is one."""
     return "" if cpu._native is not None else cpu.absence

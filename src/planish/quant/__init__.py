@@ -7,6 +7,7 @@ leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare 
 from collections.abc import Callable
 
 from planish.quant.checkpoint import inspect, load, save
+from planish.quant.decoder import Decoder
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.evaluation import Evaluation, compare, evaluate
@@ -35,6 +36,7 @@ __all__ = [
     "FP4",
     "METHODS",
     "Affine",
+    "Decoder",
     "Dual",
     "Evaluation",
     "Format",

@@ -90,6 +90,12 @@ class Decoder(nn.Module):
         """Which way the model runs, "native" or "stock"."""
         return "stock" if self._native is None else "native"
 
+    def __str__(self) -> str:
+        """Say in a line what runs the model."""
+        if self._native is None:
+            return f"run by transformers: {self.why}"
+        return f"run by the native decoder ({decoding.instructions()}, {self._native.parts} threads)"
+
     @property
     def config(self) -> Any:  # noqa: ANN401
         """The model's config."""
@@ -156,6 +162,7 @@ class Decoder(nn.Module):
             The logits, in float32.
         """
         if self._native is None or kwargs.keys() - {"use_cache"}:
+            kwargs = {"use_cache": False, **kwargs}
             return {"logits": self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits}
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._check(input_ids, keep)
