@@ -47,18 +47,23 @@ def backends() -> tuple[Backend, ...]:
     """List what runs each op on this machine, and why.
 
     Returns:
-        One row per op and kind of device; the row of the device comes before that of "any".
+        Rows in the order in which they are tried; those of a device come before that of "any".
 
     Example:
         >>> sorted({row.op for row in backends()})
         ['qgemm', 'quantize_rows', 'rotate', 'w4a16']
     """
     if cpu.absence:
-        fast = Backend("w4a16", "cpu", "reference", "all", f"the compiled module is absent: {cpu.absence}")
+        fast = [Backend("w4a16", "cpu", "reference", "all", f"the compiled module is absent: {cpu.absence}")]
     else:
-        fast = Backend("w4a16", "cpu", f"compiled ({cpu.isa})", "float32, bits=4")
+        rounded = "bits=4, activation_bits=16 or 8, not float64, zero <= 15, groups that padding to eights hardly grows"
+        kernel = f"compiled ({cpu.isa})"
+        fast = [
+            Backend("w4a16", "cpu", f"{kernel}, repacked weight, integer activation", rounded),
+            Backend("w4a16", "cpu", kernel, "bits=4, float32"),
+        ]
     plain = ("w4a16", "quantize_rows", "qgemm", "rotate")
-    return (fast, *(Backend(op, "any", "reference", "all", "no faster version is written yet") for op in plain))
+    return (*fast, *(Backend(op, "any", "reference", "all", "no faster version is written yet") for op in plain))
 
 
 def w4a16(
@@ -70,10 +75,16 @@ def w4a16(
     *,
     bits: int,
     group_size: int,
+    activation_bits: int | None = None,
 ) -> Float[Tensor, "*rows out"]:
     """Multiply a float activation by a packed integer weight: y = x @ ((codes - zero) * scale).T + bias.
 
     Differentiable in every float argument; gradients go through the reference.
+
+    With `activation_bits` the activation may be rounded to integers of that width, a group at a time, so that products
+    and sums are exact integers: a weight of 4 bits on a CPU is then repacked at its first use into the order in which
+    memory streams best, and the repacked copy (as large as the weight) is kept for as long as `packed` lives and none
+    of the weight's tensors is written to. `backends()` says where this is done; elsewhere nothing is rounded.
 
     Args:
         x: Activation, in float32, bfloat16, float16 or float64.
@@ -83,6 +94,7 @@ def w4a16(
         bias: Added to the result.
         bits: Width of a code, 1 to 8.
         group_size: Channels that share a scale, >= 1; the last group may be shorter.
+        activation_bits: 16 (steps of 1/32639 of the group's largest entry), 8 (1/127), or None (default) for no rounding.
 
     Returns:
         The product, in the dtype of `x`; the weight is computed in float32 and cast to it.
@@ -99,8 +111,12 @@ def w4a16(
     if torch.is_grad_enabled() and (
         x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return ops.w4a16_reference(x, packed, scale, zero, bias, bits=bits, group_size=group_size)
-    y: Tensor = torch.ops.planish.w4a16(x, packed, scale, zero, bias, bits=bits, group_size=group_size)
+        return ops.w4a16_reference(
+            x, packed, scale, zero, bias, bits=bits, group_size=group_size, activation_bits=activation_bits
+        )
+    y: Tensor = torch.ops.planish.w4a16(
+        x, packed, scale, zero, bias, bits=bits, group_size=group_size, activation_bits=activation_bits
+    )
     return y
 
 

@@ -66,9 +66,18 @@ def _channels(op: str, name: str, x: Tensor) -> int:
 
 
 def check_w4a16(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activation_bits: int | None,
 ) -> None:
     """Refuse what `w4a16` cannot multiply."""
+    if activation_bits not in {None, 16, 8}:
+        raise bad("w4a16", "activation_bits", "None, 16 or 8", activation_bits)
     _floating("w4a16", "x", x)
     _weight("w4a16", _channels("w4a16", "x", x), x.device, packed, scale, zero, bias, bits, group_size)
 

@@ -4,14 +4,16 @@ Addresses instead of DLPack arrays: a call costs microseconds, and a decoder mak
 """
 
 import importlib
+import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from planish._support import warn_once
+from planish._support import bad, warn_once
 from planish.kernels.checks import check_w4a16
 from planish.kernels.ops import LIBRARY, w4a16_reference
+from planish.kernels.prepared import Prepared, Shelf
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -22,21 +24,76 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 _native, absence = _load()
-isa: str = _native.best_isa() if _native is not None else "none"
+_shelf = None if _native is None else Shelf(_native)
+
+
+def _choose(native: ModuleType, wanted: str | None) -> str:
+    """Use the instruction set that the environment names, or the best."""
+    if wanted is not None:
+        runnable = native.runnable()
+        if wanted not in runnable:
+            raise bad("planish.kernels", "PLANISH_ISA", f"one of {', '.join(runnable)} on this processor", wanted)
+        native.use(wanted)
+    return str(native.active_isa())
+
+
+isa: str = "none" if _native is None else _choose(_native, os.environ.get("PLANISH_ISA"))
 
 
 def _w4a16(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, bits: int, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    activation_bits: int | None = None,
 ) -> Tensor:
     if _native is None:
         warn_once(
             "planish.kernels: the compiled module is absent, so 4-bit layers run on the slow reference; "
             f"reinstall planish where a C++17 compiler is found ({absence})."
         )
-    if _native is None or bits != 4 or x.dtype is not torch.float32:
-        return w4a16_reference(x, packed, scale, zero, bias, bits=bits, group_size=group_size)
-    check_w4a16(x, packed, scale, zero, bias, bits, group_size)
-    return run_w4a16(x, packed, scale, zero, bias, group_size=group_size, instructions=isa)
+    if _shelf is not None and bits == 4:
+        check_w4a16(x, packed, scale, zero, bias, bits, group_size, activation_bits)
+        if activation_bits is not None and x.dtype is not torch.float64:
+            weight = _shelf.find(packed, scale, zero, x.shape[-1], group_size)
+            if weight.data is not None:
+                return run_prepared(x, weight, bias, activation_bits=activation_bits)
+        if x.dtype is torch.float32:
+            return run_w4a16(x, packed, scale, zero, bias, group_size=group_size, instructions=isa)
+    return w4a16_reference(
+        x, packed, scale, zero, bias, bits=bits, group_size=group_size, activation_bits=activation_bits
+    )
+
+
+def run_prepared(
+    x: Tensor, weight: Prepared, bias: Tensor | None, *, activation_bits: int, threads: int | None = None
+) -> Tensor:
+    """Multiply by a prepared weight; arguments are checked already."""
+    if _native is None or weight.data is None:
+        raise ImportError(f"planish.kernels: no compiled module, or no prepared weight ({absence}).")
+    x_f = x.to(torch.float32).contiguous()
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    y = x_f.new_empty((*x.shape[:-1], weight.out))
+    if y.numel() > 0:
+        _native.linear(
+            weight.data.data_ptr(),
+            weight.out,
+            weight.channels,
+            weight.group_size,
+            x_f.data_ptr(),
+            x.numel() // weight.channels,
+            weight.channels,
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            activation_bits,
+            torch.get_num_threads() if threads is None else threads,
+        )
+    return y.to(x.dtype)
 
 
 def run_w4a16(

@@ -22,7 +22,8 @@ from planish.kernels.checks import (
 
 LIBRARY = torch.library.Library("planish", "DEF")
 LIBRARY.define(
-    "w4a16(Tensor x, Tensor packed, Tensor scale, Tensor zero, Tensor? bias, *, int bits, int group_size) -> Tensor"
+    "w4a16(Tensor x, Tensor packed, Tensor scale, Tensor zero, Tensor? bias, *, int bits, int group_size, "
+    "int? activation_bits=None) -> Tensor"
 )
 LIBRARY.define(
     "quantize_rows(Tensor x, *, int bits, int? group_size, bool symmetric) -> (Tensor codes, Tensor scale, Tensor zero)"
@@ -67,10 +68,21 @@ def dequantize(
 
 
 def w4a16_reference(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, bits: int, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    activation_bits: int | None = None,
 ) -> Tensor:
-    """Define `w4a16`: the weight in float32, cast to the activation's dtype, times the activation."""
-    check_w4a16(x, packed, scale, zero, bias, bits, group_size)
+    """Define `w4a16`: the weight in float32, cast to the activation's dtype, times the activation.
+
+    `activation_bits` allows a kernel to round the activation and obliges none to: the definition does not.
+    """
+    check_w4a16(x, packed, scale, zero, bias, bits, group_size, activation_bits)
     weight = dequantize(packed, scale, zero, bits=bits, group_size=group_size, channels=x.shape[-1])
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -141,9 +153,17 @@ def rotate_reference(x: Tensor, blocks: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _w4a16_shape(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *, bits: int, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    activation_bits: int | None = None,
 ) -> Tensor:
-    check_w4a16(x, packed, scale, zero, bias, bits, group_size)
+    check_w4a16(x, packed, scale, zero, bias, bits, group_size, activation_bits)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

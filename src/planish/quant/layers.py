@@ -39,6 +39,11 @@ class QLinear(nn.Module):
         dtype: Of bias and branch; default torch's default.
         device: Where the buffers live.
 
+    Attributes:
+        activation_bits: How finely a kernel may round a float activation that meets a 4-bit weight, see
+            `kernels.w4a16`: 16 (default), 8 (faster, and visibly less exact), or None for not at all. A property of the
+            run, not of the model: it is in no checkpoint.
+
     Example:
         >>> import torch
         >>> from planish.quant.formats import Affine
@@ -74,6 +79,7 @@ class QLinear(nn.Module):
         self.in_features, self.out_features, self.format = in_features, out_features, format
         self.act = act
         self.transform = transform
+        self.activation_bits: int | None = 16
         bits, groups = format.bits, format.n_groups(in_features)
         words = (out_features, n_words(in_features, bits))
         self.register_buffer("weight_packed", torch.zeros(words, dtype=torch.int32, device=device))
@@ -149,6 +155,7 @@ class QLinear(nn.Module):
             x, self.weight_packed, self.weight_scale, self._runtime_zeros(),
             None if self.bias is None else self.bias.to(x.dtype),
             bits=self.format.bits, group_size=self.format.group_size or self.in_features,
+            activation_bits=None if self.act is not None else self.activation_bits,
         )  # fmt: skip
         return y if low is None else y + low @ cast(Tensor, self.up).to(x.dtype).T
 

@@ -1,5 +1,7 @@
 // AVX-512 with VNNI: one 64-byte load holds eight channels of sixteen outputs. Its low and high halves of bytes meet four
 // channels each in one vpdpbusd; an activation of 16 bits is 256 * high + low, both signed bytes, in two of them.
+#include <type_traits>
+
 #include "isa.h"
 #include "linear_layout.h"
 
@@ -10,6 +12,8 @@ PLANISH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
 namespace planish {
 namespace {
+
+constexpr std::int64_t kAhead = 8192; // bytes asked for before they are needed: memory answers late, products are quick
 
 // The largest magnitude of a segment as an integer: not finite from 0x7F800000 on.
 inline std::int32_t largest(const float* x, std::int64_t n) {
@@ -60,6 +64,12 @@ void round_row(const float* x, const Segments& cut, const RowLayout& layout, std
     }
 }
 
+// sum += four unsigned bytes of a times four signed ones of b, in each lane. Written out because compilers copy the sums
+// of the intrinsic from register to register, twice for each product.
+inline void add_products(__m512i& sum, __m512i a, __m512i b) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+
 inline __m512i four(const std::uint8_t* at) {
     std::int32_t word;
     std::memcpy(&word, at, 4);
@@ -82,12 +92,13 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
     const std::uint8_t *codes = job.tile + job.tiles->codes, *scale = job.tile, *zero = job.tile + job.tiles->zeros;
     const std::uint8_t* q = rows;
     const __m512i nibble = _mm512_set1_epi8(15);
+    const std::int64_t ahead = job.count <= kRows ? kAhead : 0; // a tile that meets more rows soon lies in the cache
     __m512 total[kRows][2] = {};
     for (std::int64_t s = 0; s < job.cut->count; ++s) {
         __m512i dot[kSets][kRows][kHalves][2] = {};
         for (std::int64_t u = job.cut->segment_units(s); u > 0; --u, codes += 128, q += kUnit) {
-            _mm_prefetch(reinterpret_cast<const char*>(codes + 8192), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(codes + 8256), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(codes + ahead + 64), _MM_HINT_T0);
             const __m512i w0 = _mm512_load_si512(codes), w1 = _mm512_load_si512(codes + 64);
             const __m512i even[2] = {_mm512_and_si512(w0, nibble), _mm512_and_si512(w1, nibble)};
             const __m512i odd[2] = {_mm512_and_si512(_mm512_srli_epi16(w0, 4), nibble),
@@ -96,10 +107,8 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
                 for (int h = 0; h < kHalves; ++h) {
                     const __m512i first = four(q + m * row_bytes + 8 * h), second = four(q + m * row_bytes + 8 * h + 4);
                     for (int side = 0; side < 2; ++side) {
-                        __m512i* const even_sum = &dot[0][m][h][side];
-                        __m512i* const odd_sum = &dot[kSets - 1][m][h][side];
-                        *even_sum = _mm512_dpbusd_epi32(*even_sum, even[side], first);
-                        *odd_sum = _mm512_dpbusd_epi32(*odd_sum, odd[side], second);
+                        add_products(dot[0][m][h][side], even[side], first);
+                        add_products(dot[kSets - 1][m][h][side], odd[side], second);
                     }
                 }
         }
@@ -139,13 +148,19 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
 
 template <int kBits, ScaleType kType>
 void multiply_typed(const TileJob& job) {
-    const auto at = [&](std::int64_t m) { return job.rows + m * job.layout->bytes; };
+    constexpr int kMost = kBits == 16 ? 5 : 6; // rows whose sums fit the registers
     std::int64_t m = 0;
-    for (; m + 4 <= job.count; m += 4) multiply_rows<kBits, 4, kType>(job, at(m), job.y + m * job.y_stride);
-    float* y = job.y + m * job.y_stride;
-    if (job.count - m == 3) multiply_rows<kBits, 3, kType>(job, at(m), y);
-    if (job.count - m == 2) multiply_rows<kBits, 2, kType>(job, at(m), y);
-    if (job.count - m == 1) multiply_rows<kBits, 1, kType>(job, at(m), y);
+    const auto next = [&](auto rows) {
+        multiply_rows<kBits, rows, kType>(job, job.rows + m * job.layout->bytes, job.y + m * job.y_stride);
+        m += rows;
+    };
+    while (job.count - m >= kMost) next(std::integral_constant<int, kMost>());
+    if constexpr (kMost > 5)
+        if (job.count - m == 5) next(std::integral_constant<int, 5>());
+    if (job.count - m == 4) next(std::integral_constant<int, 4>());
+    if (job.count - m == 3) next(std::integral_constant<int, 3>());
+    if (job.count - m == 2) next(std::integral_constant<int, 2>());
+    if (job.count - m == 1) next(std::integral_constant<int, 1>());
 }
 
 template <int kBits>

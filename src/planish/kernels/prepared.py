@@ -1,0 +1,91 @@
+"""Repacked 4-bit weights: made at first use, kept while the weight lives, made anew once it is written to.
+
+The compiled module streams them; `csrc/linear_layout.h` says what lies in them.
+"""
+
+import weakref
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ScaleType of csrc/linear.h
+_MOST_PADDING = 1.5  # of the codes, where a group is not a multiple of eight channels
+_LARGEST_ZERO = 15  # sums of products times the zero point stay within 32 bits
+_MIDDLE = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A repacked weight and its shape; `data` is None for a weight that the streaming kernels do not take."""
+
+    out: int
+    channels: int
+    group_size: int
+    data: Tensor | None
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    # A tensor made in inference mode counts no versions; it has an address all the same.
+    return t.data_ptr(), -1 if t.is_inference() else t._version
+
+
+class Shelf:
+    """Prepared weights by the identity of their packed codes.
+
+    Args:
+        native: The compiled module.
+    """
+
+    def __init__(self, native: ModuleType) -> None:
+        self._native = native
+        self._kept: dict[int, tuple[weakref.ref[Tensor], object, Prepared]] = {}
+
+    def find(self, packed: Tensor, scale: Tensor, zero: Tensor, channels: int, group_size: int) -> Prepared:
+        """Return the prepared weight, from the shelf or made now; arguments are checked already."""
+        key = id(packed)
+        state = _state(packed), _state(scale), _state(zero), channels, group_size
+        kept = self._kept.get(key)
+        if kept is not None and kept[0]() is packed and kept[1] == state:
+            return kept[2]
+        made = self.make(packed, scale, zero, channels, group_size)
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            here = self._kept.get(key)
+            if here is not None and here[0] is gone:  # the number may belong to another tensor by now
+                del self._kept[key]
+
+        self._kept[key] = weakref.ref(packed, forget), state, made
+        return made
+
+    def make(self, packed: Tensor, scale: Tensor, zero: Tensor, channels: int, group_size: int) -> Prepared:
+        """Repack a weight; arguments are checked already."""
+        out, size = packed.shape[0], min(group_size, channels)
+        groups, rest = divmod(channels, size)
+        padded = groups * (-(-size // 8) * 8) + -(-rest // 8) * 8
+        streams = out > 0 and padded <= max(_MOST_PADDING * channels, channels + 7)
+        if not streams or int(zero.max()) > _LARGEST_ZERO:
+            return Prepared(out, channels, size, None)
+        scale = (scale if scale.dtype in _TYPES else scale.to(torch.float32)).contiguous()
+        packed, zero = packed.contiguous(), zero.contiguous()
+        kind, zeros = _TYPES[scale.dtype], not bool((zero == _MIDDLE).all())
+        data = aligned(self._native.prepared_bytes(out, channels, size, kind, zeros))
+        self._native.prepare(
+            packed.data_ptr(),
+            scale.data_ptr(),
+            kind,
+            zero.data_ptr() if zeros else 0,
+            out,
+            channels,
+            size,
+            data.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return Prepared(out, channels, size, data)
+
+
+def aligned(size: int) -> Tensor:
+    """Return `size` bytes that begin at a multiple of 64."""
+    data = torch.empty(size + 63, dtype=torch.uint8)
+    return data[-data.data_ptr() % 64 :][:size]
