@@ -3,41 +3,22 @@
 `NativeDecoder` holds the tensors that the compiled side points into; nothing it was given may be moved or freed before.
 """
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from planish._support import bad
-from planish.kernels import cpu
-from planish.kernels.checks import check_w4a16
+from planish.kernels.placing import SCALES, TILE, Arena, Matrix, Slice, check_matrix, module, reserve, rows_of
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 GATES = ("silu", "gelu_tanh", "gelu")
-_TILE = 32  # rows that kernels take together
 _GATE_UP = 2  # place of gate and up among the layers of a block
 _WHERE = "planish.kernels.NativeDecoder"
 
 Norm = tuple[Tensor, float] | None
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One linear layer: 4-bit codes as `w4a16` takes them, or dense rows in float32, float16 or bfloat16."""
-
-    out: int
-    channels: int
-    dense: Tensor | None = None
-    packed: Tensor | None = None
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-    group_size: int = 0
-    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,51 +72,6 @@ class _Cache:
     kept: list[Tensor] = field(default_factory=list)
 
 
-def module() -> Any:  # noqa: ANN401  (the compiled module has no types)
-    """Return the compiled module, or say why there is none."""
-    if cpu._native is None:
-        raise ImportError(f"planish.kernels: the compiled module is absent ({cpu.absence}).")
-    return cpu._native
-
-
-def instructions() -> str:
-    """Return the instruction set in use."""
-    return str(module().active_isa())
-
-
-def absence() -> str:
-    """Return why there is no compiled module, empty where there is one."""
-    return "" if cpu._native is not None else cpu.absence
-
-
-_PAGE = 2 << 20
-_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-class _Arena:
-    """Prepared weights in the order in which one thread streams them, on large pages where the system has them."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.memory: Tensor | None = None
-
-    def place(self, size: int) -> int:
-        """Reserve bytes and return their offset."""
-        offset, self.size = self.size, self.size + -(-size // 64) * 64
-        return offset
-
-    def open(self) -> None:
-        """Allocate what was reserved."""
-        if self.size == 0:
-            return
-        room = mmap.mmap(-1, self.size + _PAGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without large pages
-                room.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(room, dtype=torch.uint8)
-        self.memory = memory[-memory.data_ptr() % _PAGE :][: self.size]
-
-
 def encode_rows(weight: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor, Tensor]:
     """Round the rows of a matrix to int8 with one scale each.
 
@@ -160,52 +96,6 @@ def encode_rows(weight: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor,
         left = rows - codes[part].float() * scale[part, None]
         lost[part] = left.norm(dim=1) * 1.0001 + rows.norm(dim=1) * 4e-6
     return codes, scale, lost
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """Rows [first, last) of a matrix, whose outputs go to `column`, at `offset` of their part's arena."""
-
-    matrix: Matrix
-    first: int
-    last: int
-    column: int
-    offset: int
-
-
-def _check_matrix(m: Matrix, channels: int) -> None:
-    if m.channels != channels or (m.dense is None) == (m.packed is None):
-        raise bad(_WHERE, "matrices", f"of {channels} channels, dense or packed", (m.out, m.channels))
-    if m.dense is not None:
-        if tuple(m.dense.shape) != (m.out, channels):
-            raise bad(_WHERE, "matrices", f"({m.out}, {channels})", tuple(m.dense.shape))
-        return
-    if not 1 <= m.group_size <= channels or m.scale is None:
-        raise bad(_WHERE, "group_size", f"between 1 and {channels}, with scales", m.group_size)
-    x = torch.empty(1, channels)
-    zero = torch.empty(m.scale.shape, dtype=torch.uint8) if m.zero is None else m.zero
-    check_w4a16(x, cast(Tensor, m.packed), m.scale, zero, None, 4, m.group_size)
-
-
-def _rows_of(matrices: Sequence[Matrix], start: int, stop: int) -> list[tuple[Matrix, int, int, int]]:
-    """Find rows [start, stop) of matrices that lie one below another: matrix, its first and last row, the column."""
-    found, base = [], 0
-    for m in matrices:
-        first, last = max(start - base, 0), min(stop - base, m.out)
-        if first < last:
-            found.append((m, first, last, base + first))
-        base += m.out
-    return found
-
-
-def _reserve(arena: _Arena, m: Matrix, first: int, last: int, column: int) -> _Slice:
-    offset = 0
-    if m.packed is not None and m.scale is not None:
-        kind = _SCALES.get(m.scale.dtype, 0)
-        offset = arena.place(
-            module().prepared_bytes(last - first, m.channels, m.group_size, kind, m.zero is not None)
-        )
-    return _Slice(m, first, last, column, offset)
 
 
 class NativeDecoder:
@@ -236,7 +126,8 @@ class NativeDecoder:
         parts: int | None = None,
     ) -> None:
         native = module()
-        self.shape, self.kept = shape, []
+        self.shape = shape
+        self.kept: list[Tensor] = []
         self.cache: _Cache | None = None
         self.parts = max(1, min(parts or torch.get_num_threads(), 64))
         self.padded = -(-shape.head_dim // 16) * 16
@@ -254,7 +145,7 @@ class NativeDecoder:
                 raise bad(_WHERE, "ropes", f"tables of at most {shape.head_dim // 2} columns", tuple(cos.shape))
             self.native.add_rope(self._at(cos, "ropes"), self._at(sin, "ropes"), cos.shape[1])
         self.layers = len(blocks)
-        self.arenas = [_Arena() for _ in range(self.parts)]
+        self.arenas = [Arena() for _ in range(self.parts)]
         places = [self._place(block, len(ropes)) for block in blocks]
         for arena in self.arenas:
             arena.open()
@@ -298,7 +189,7 @@ class NativeDecoder:
     def _norm(self, norm: Norm, width: int) -> tuple[int, float]:
         return (0, 0.0) if norm is None else (self._vector(norm[0], width), norm[1])
 
-    def _place(self, block: Block, ropes: int) -> list[list[list[_Slice]]]:
+    def _place(self, block: Block, ropes: int) -> list[list[list[Slice]]]:
         """Check a block, divide its layers' rows among the parts, and reserve memory for them in streaming order."""
         s = self.shape
         if not -1 <= block.rope < ropes or block.window < 0:
@@ -309,8 +200,8 @@ class NativeDecoder:
             if sum(m.out for m in matrices) != out:
                 raise bad(_WHERE, "matrices", f"of {out} outputs together", [m.out for m in matrices])
             for m in matrices:
-                _check_matrix(m, channels)
-        placed: list[list[list[_Slice]]] = [[[] for _ in range(self.parts)] for _ in wanted]
+                check_matrix(m, channels)
+        placed: list[list[list[Slice]]] = [[[] for _ in range(self.parts)] for _ in wanted]
         for part, arena in enumerate(self.arenas):
             for layer, (matrices, (_, out)) in enumerate(zip(block.matrices, wanted, strict=True)):
                 if layer == _GATE_UP:  # gate and up of the same channels, so that a part can join them by itself
@@ -319,15 +210,15 @@ class NativeDecoder:
                 else:
                     ranges = [self._share(out, part)]
                 for start, stop in ranges:
-                    placed[layer][part] += [_reserve(arena, *piece) for piece in _rows_of(matrices, start, stop)]
+                    placed[layer][part] += [reserve(arena, *piece) for piece in rows_of(matrices, start, stop)]
         return placed
 
     def _share(self, total: int, part: int) -> tuple[int, int]:
-        tiles = -(-total // _TILE)
-        first, last = (min(total, tiles * p // self.parts * _TILE) for p in (part, part + 1))
+        tiles = -(-total // TILE)
+        first, last = (min(total, tiles * p // self.parts * TILE) for p in (part, part + 1))
         return first, last
 
-    def _add(self, block: Block, placed: list[list[list[_Slice]]]) -> None:
+    def _add(self, block: Block, placed: list[list[list[Slice]]]) -> None:
         s = self.shape
         fields = [[[self._slice(x, arena) for x in part] for part, arena in zip(layer, self.arenas, strict=True)]
                   for layer in placed]  # fmt: skip
@@ -336,15 +227,15 @@ class NativeDecoder:
         inner = [self._share(s.inner, part)[0] for part in range(self.parts)] + [s.inner]
         self.native.add_block(norms, fields, inner, block.window, block.rope)
 
-    def _slice(self, x: _Slice, arena: _Arena) -> tuple[int, int, int, int, int, int, int, int]:
+    def _slice(self, x: Slice, arena: Arena) -> tuple[int, int, int, int, int, int, int, int]:
         m, kind, prepared, dense = x.matrix, 0, 0, 0
         if m.packed is not None and m.scale is not None and arena.memory is not None:
             packed, scale = m.packed[x.first : x.last].contiguous(), m.scale[x.first : x.last]
-            scale = (scale if scale.dtype in _SCALES else scale.float()).contiguous()
+            scale = (scale if scale.dtype in SCALES else scale.float()).contiguous()
             zero = None if m.zero is None else m.zero[x.first : x.last].contiguous()
             prepared = arena.memory.data_ptr() + x.offset
             module().prepare(
-                packed.data_ptr(), scale.data_ptr(), _SCALES[scale.dtype], 0 if zero is None else zero.data_ptr(),
+                packed.data_ptr(), scale.data_ptr(), SCALES[scale.dtype], 0 if zero is None else zero.data_ptr(),
                 x.last - x.first, m.channels, m.group_size, prepared, torch.get_num_threads(),
             )  # fmt: skip
         elif m.dense is not None:
@@ -419,11 +310,13 @@ class NativeDecoder:
     def next(self, token: int, position: int, hidden: Float[Tensor, "1 hidden"], *, activation_bits: int = 16) -> int:
         """Run one token of slot 0 and return the most probable next one; -1 where a logit is not a number."""
         cache = self.cache
-        if cache is None or not 0 <= token < self.shape.vocab or not 0 <= position < min(cache.capacity, self.positions):
+        if (
+            cache is None
+            or not 0 <= token < self.shape.vocab
+            or not 0 <= position < min(cache.capacity, self.positions)
+        ):
             raise bad(_WHERE, "token", "in the vocabulary, and its position in the cache", (token, position))
-        return int(
-            self.native.next(token, 0, position, hidden.data_ptr(), activation_bits, torch.get_num_threads())
-        )
+        return int(self.native.next(token, 0, position, hidden.data_ptr(), activation_bits, torch.get_num_threads()))
 
     def best(self, hidden: Float[Tensor, " hidden"]) -> int:
         """Return the most probable token, as the exact head has it; -1 where a logit is not a number."""

@@ -1,9 +1,9 @@
 """What a decoder is made of, found by running it once.
 
-A short prompt goes through the model while every layer of its blocks notes what it receives and returns. The memory that
-passes from one to the next says what each is: layers that read one input are query, key and value, or gate and up; a norm
-is before or after attention by whose output it reads; the function a gate passes through is compared with the known
-ones. Nothing is looked up by architecture, and `decoder.Decoder` believes none of it before the logits agree.
+A short prompt goes through the model while every layer of its blocks notes what it receives and returns. The memory
+that passes from one to the next says what each is: layers that read one input are query, key and value, or gate and up;
+a norm is before or after attention by whose output it reads; the function a gate passes through is compared with the
+known ones. Nothing is looked up by architecture, and `decoder.Decoder` believes none of it before the logits agree.
 """
 
 import inspect

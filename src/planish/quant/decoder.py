@@ -4,9 +4,9 @@ What the model is made of is found by running it once (`anatomy`); what was buil
 itself, and used only if both give the same logits. Everything else stays with transformers, whose `generate` also
 prepares what ours needs: settings, logits processors and stopping criteria are theirs.
 
-The head would be a third of what a token reads from memory, so it is read as int8 rows, and those tokens that could still
-be the most probable one, by a bound on what rounding lost, are computed again from the exact rows: greedy text is that of
-the exact head. Sampling sees exact logits within `SPAN` of the largest; the rest carry the rounding.
+The head would be a third of what a token reads from memory, so it is read as int8 rows, and those tokens that could
+still be the most probable one, by a bound on what rounding lost, are computed again from the exact rows: greedy text is
+that of the exact head. Sampling sees exact logits within `SPAN` of the largest; the rest carry the rounding.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from planish._support import bad, logger, warn_once
-from planish.kernels import decoding
-from planish.quant.anatomy import Anatomy, Norm, UnfitError, examine
+from planish.kernels import decoding, placing
+from planish.quant.anatomy import UnfitError, examine
+from planish.quant.assembly import as_float, assemble, dense_rows
 from planish.quant.layers import QLinear
 
 SPAN = 16.0  # below that, a token is a million times less probable than the best
 CHUNK = 256  # tokens of a prompt that go through the model at a time
 _PROMPT = 24  # tokens of the comparison with the model itself
-_BOUND = {torch.float32: 2e-3, torch.float64: 2e-3}  # of the logits' largest; 5e-2 where the model runs in half precision
+_BOUND = {
+    torch.float32: 2e-3,
+    torch.float64: 2e-3,
+}  # of the logits' largest; 5e-2 where the model runs in half precision
 _SIMPLE = {"MaxLengthCriteria", "EosTokenCriteria"}
 
-_StockError = type("_StockError", (Exception,), {"__doc__": "Settings ask for something that stock generation does."})
+
+class _StockError(Exception):
+    """Settings ask for something that stock generation does."""
 
 
 class Decoder(nn.Module):
@@ -94,7 +100,7 @@ class Decoder(nn.Module):
         """Say in a line what runs the model."""
         if self._native is None:
             return f"run by transformers: {self.why}"
-        return f"run by the native decoder ({decoding.instructions()}, {self._native.parts} threads)"
+        return f"run by the native decoder ({placing.instructions()}, {self._native.parts} threads)"
 
     @property
     def config(self) -> Any:  # noqa: ANN401
@@ -105,8 +111,8 @@ class Decoder(nn.Module):
         model = self.model
         if not any(isinstance(m, QLinear) for m in model.modules()):
             raise UnfitError("it holds no 4-bit layers")
-        if decoding.absence():
-            raise UnfitError(f"the compiled module is absent ({decoding.absence()})")
+        if placing.absence():
+            raise UnfitError(f"the compiled module is absent ({placing.absence()})")
         if any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
             raise UnfitError("it is not on the CPU")
         if model.training:
@@ -116,9 +122,9 @@ class Decoder(nn.Module):
         prompt = torch.randint(0, vocab, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
         prompt = prompt[:, : max(2, int(getattr(model.config, "max_position_embeddings", _PROMPT) or _PROMPT))]
         parts = examine(model, prompt)
-        self._head_weight = _dense(parts.head)
-        self._head_bias, self._head_softcap = _float(getattr(parts.head, "bias", None)), parts.head_softcap
-        self._native = _assemble(parts, self._head_weight, self._head_bias, codes=self.head == "int8")
+        self._head_weight = dense_rows(parts.head)
+        self._head_bias, self._head_softcap = as_float(getattr(parts.head, "bias", None)), parts.head_softcap
+        self._native = assemble(parts, self._head_weight, self._head_bias, rounded=self.head == "int8")
         self._verify(prompt)
 
     def _verify(self, prompt: Tensor) -> None:
@@ -129,9 +135,7 @@ class Decoder(nn.Module):
         steps = []
         for i, token in enumerate(prompt[0].tolist()):
             at = torch.tensor([i])
-            hidden = made.step(
-                torch.tensor([token]), at * 0, at, at * 0, activation_bits=self.activation_bits
-            )
+            hidden = made.step(torch.tensor([token]), at * 0, at, at * 0, activation_bits=self.activation_bits)
             steps.append(made.logits(hidden, span=float("inf")))
             best = made.best(hidden[0])
             if steps[-1][0, best] < steps[-1].max() - 1e-4 * steps[-1].abs().max():
@@ -142,7 +146,9 @@ class Decoder(nn.Module):
             gap = float((ours - stock).abs().max())
             logger.debug("decoder: logits %s differ by %.2e of %.2e", kind, gap, size)
             if not gap <= bound:
-                raise UnfitError(f"its logits {kind} differ by {gap:.2g} from those of the model, more than {bound:.2g}")
+                raise UnfitError(
+                    f"its logits {kind} differ by {gap:.2g} from those of the model, more than {bound:.2g}"
+                )
 
     @torch.no_grad()
     def forward(
@@ -234,8 +240,9 @@ class Decoder(nn.Module):
     ) -> Int[Tensor, "batch longer"]:
         """Continue prompts, with the arguments of transformers' `generate`.
 
-        Greedy text and sampling, with every logits processor and stopping criterion of transformers, run natively; other
-        kinds of generation (beams, assistants, outputs beside the tokens) run as transformers runs them, with a warning.
+        Greedy text and sampling, with every logits processor and stopping criterion of transformers, run natively;
+        other kinds of generation (beams, assistants, outputs beside the tokens) run as transformers runs them, with a
+        warning.
 
         Args:
             input_ids: Prompts, padded on the left.
@@ -251,7 +258,12 @@ class Decoder(nn.Module):
         """
         ids = input_ids
         if ids is None or ids.ndim != 2 or not ids.numel():
-            raise bad("Decoder.generate", "input_ids", "a matrix of at least one token id", ids if ids is None else tuple(ids.shape))
+            raise bad(
+                "Decoder.generate",
+                "input_ids",
+                "a matrix of at least one token id",
+                ids if ids is None else tuple(ids.shape),
+            )
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         if self._native is None:
             return self._stock(ids, mask, settings)
@@ -325,11 +337,19 @@ class Decoder(nn.Module):
             streamer.end()
         return ids
 
-    def _greedy(self, ids: Tensor, hidden: Tensor, most: int, position: int, ends: frozenset[int], streamer: Any) -> Tensor:  # noqa: ANN401
+    def _greedy(
+        self,
+        ids: Tensor,
+        hidden: Tensor,
+        most: int,
+        position: int,
+        ends: frozenset[int],
+        streamer: Any,  # noqa: ANN401
+    ) -> Tensor:
         """One prompt, the most probable token each time, nothing between the calls."""
         made = cast(decoding.NativeDecoder, self._native)
         token = made.best(hidden[0])
-        found = []
+        found: list[int] = []
         while True:
             if token < 0:
                 raise ValueError(f"Decoder.generate: the logits of token {position + len(found)} hold NaN or Inf.")
@@ -344,7 +364,10 @@ class Decoder(nn.Module):
         return torch.cat([ids, torch.tensor([found], dtype=ids.dtype)], 1)
 
     def _chooser(
-        self, config: Any, processors: Any, generator: torch.Generator | None  # noqa: ANN401
+        self,
+        config: Any,  # noqa: ANN401
+        processors: Any,  # noqa: ANN401
+        generator: torch.Generator | None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         made = cast(decoding.NativeDecoder, self._native)
 
@@ -356,58 +379,8 @@ class Decoder(nn.Module):
                 return best
             scores = processors(ids, made.logits(hidden, span=SPAN))
             if not config.do_sample:
-                return scores.argmax(-1)
-            return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+                return cast(Tensor, scores.argmax(-1))
+            drawn: Tensor = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+            return drawn
 
         return choose
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().float().contiguous()
-
-
-def _dense(layer: nn.Module) -> Tensor:
-    """Return a layer's rows, in their own dtype where the compiled side reads it."""
-    weight = cast(Tensor, layer.dequantize().weight if isinstance(layer, QLinear) else layer.weight).detach()
-    return (weight if weight.dtype in decoding.KINDS else weight.float()).contiguous()
-
-
-def _matrix(layer: nn.Module) -> decoding.Matrix:
-    bias = _float(cast(Tensor | None, layer.bias))
-    if not isinstance(layer, QLinear):
-        dense = _dense(layer)
-        return decoding.Matrix(len(dense), dense.shape[1], dense=dense, bias=bias)
-    if layer.format.bits != 4 or layer.transform is not None or layer.act is not None or layer.down is not None:
-        raise UnfitError("a layer is not plainly 4-bit: it has other bits, a transform, rounded inputs or a branch")
-    group = min(layer.format.group_size or layer.in_features, layer.in_features)
-    zero = None if layer.weight_zero_point is None else layer.zeros()
-    return decoding.Matrix(
-        layer.out_features, layer.in_features, packed=layer.weight_packed, scale=layer.weight_scale, zero=zero,
-        group_size=group, bias=bias,
-    )  # fmt: skip
-
-
-def _pair(norm: Norm | None) -> decoding.Norm:
-    return None if norm is None else (norm.weight, norm.eps)
-
-
-def _assemble(parts: Anatomy, head: Tensor, bias: Tensor | None, *, codes: bool) -> decoding.NativeDecoder:
-    blocks = [
-        decoding.Block(
-            norms=[_pair(n) for n in (b.before_attention, b.after_attention, b.before_mlp, b.after_mlp, b.q_norm, b.k_norm)],
-            matrices=[[_matrix(m) for m in group] for group in (b.qkv, b.out, b.gate_up, b.down)],
-            window=b.window,
-            rope=b.rope,
-        )
-        for b in parts.blocks
-    ]
-    embedding = parts.embedding if parts.embedding.dtype in decoding.KINDS else parts.embedding.float()
-    rounded = decoding.encode_rows(head) if codes else (None, None, None)
-    shape = decoding.Shape(
-        parts.hidden, parts.heads, parts.kv_heads, parts.head_dim, parts.inner, parts.vocab,
-        parts.scale, parts.softcap, parts.embed_scale, parts.gate,
-    )  # fmt: skip
-    return decoding.NativeDecoder(
-        shape, blocks, parts.ropes, embedding.contiguous(), _pair(parts.last),
-        decoding.Head(head, bias, *rounded, softcap=parts.head_softcap),
-    )  # fmt: skip
