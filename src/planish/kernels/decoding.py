@@ -108,7 +108,7 @@ class NativeDecoder:
         embedding: Rows of the vocabulary.
         last: The norm before the head.
         head: The output layer.
-        parts: Into how many parts weights are divided, one a thread. Default the threads that torch uses now.
+        parts: Into how many parts weights are divided, one a thread; as many threads run.
 
     Raises:
         ImportError: The compiled module is absent.
@@ -123,13 +123,13 @@ class NativeDecoder:
         embedding: Tensor,
         last: Norm,
         head: Head,
-        parts: int | None = None,
+        parts: int = 1,
     ) -> None:
         native = module()
         self.shape = shape
         self.kept: list[Tensor] = []
         self.cache: _Cache | None = None
-        self.parts = max(1, min(parts or torch.get_num_threads(), 64))
+        self.parts = max(1, min(parts, 64))
         self.padded = -(-shape.head_dim // 16) * 16
         if shape.gate not in GATES:
             raise bad(_WHERE, "gate", f"one of {', '.join(GATES)}", shape.gate)
@@ -304,7 +304,7 @@ class NativeDecoder:
         if int(wide[2].max()) >= self.positions:
             raise bad(_WHERE, "positions", f"below {self.positions}", int(wide[2].max()))
         a, b, c, d = (t.data_ptr() for t in wide)
-        self.native.step(a, b, c, rows, d, wide[3].numel(), hidden.data_ptr(), activation_bits, torch.get_num_threads())
+        self.native.step(a, b, c, rows, d, wide[3].numel(), hidden.data_ptr(), activation_bits, self.parts)
         return hidden
 
     def next(self, token: int, position: int, hidden: Float[Tensor, "1 hidden"], *, activation_bits: int = 16) -> int:
@@ -316,14 +316,14 @@ class NativeDecoder:
             or not 0 <= position < min(cache.capacity, self.positions)
         ):
             raise bad(_WHERE, "token", "in the vocabulary, and its position in the cache", (token, position))
-        return int(self.native.next(token, 0, position, hidden.data_ptr(), activation_bits, torch.get_num_threads()))
+        return int(self.native.next(token, 0, position, hidden.data_ptr(), activation_bits, self.parts))
 
     def best(self, hidden: Float[Tensor, " hidden"]) -> int:
         """Return the most probable token, as the exact head has it; -1 where a logit is not a number."""
         hidden = hidden.to(torch.float32).contiguous()
         if hidden.numel() != self.shape.hidden:
             raise bad(_WHERE, "hidden", f"of {self.shape.hidden} channels", tuple(hidden.shape))
-        return int(self.native.best(hidden.data_ptr(), torch.get_num_threads()))
+        return int(self.native.best(hidden.data_ptr(), self.parts))
 
     def logits(self, hidden: Float[Tensor, "rows hidden"], *, span: float) -> Float[Tensor, "rows vocab"]:
         """Return logits: those within `span` of the largest exact, the rest as the codes have them."""
@@ -332,5 +332,5 @@ class NativeDecoder:
             raise bad(_WHERE, "hidden", f"(rows, {self.shape.hidden})", tuple(hidden.shape))
         out = torch.empty(len(hidden), self.shape.vocab)
         for given, made in zip(hidden, out, strict=True):
-            self.native.logits(given.data_ptr(), span, made.data_ptr(), torch.get_num_threads())
+            self.native.logits(given.data_ptr(), span, made.data_ptr(), self.parts)
         return out

@@ -249,7 +249,8 @@ def _block(block: nn.Module, events: list[_Event], hidden: Tensor, config: Any, 
         else:
             groups.append([event])
     if [len(g) for g in groups] not in ([3, 1, 2, 1], [1, 1, 1, 1], [3, 1, 1, 1], [1, 1, 2, 1]):
-        told = " then ".join(str(len(g)) for g in groups) or "none"
+        told = " then ".join(str(len(g)) for g in groups[:6]) or "none"
+        told += " and so on" if len(groups) > 6 else ""
         raise UnfitError(f"the linear layers of a block run as {told} on one input, not as 3, 1, 2 and 1")
     qkv, out, gate_up, down = groups
     others = [e for e in events if not is_layer(e.module)]
@@ -341,8 +342,8 @@ class _Ropes:
         cos, sin = self.tables[self.known[kind]]
         half = cos.shape[1]
         for table, full in ((cos, given[0]), (sin, given[1])):
-            part = full[0].float()
-            if part.shape[1] != 2 * half or not torch.allclose(table[: len(part)], part[:, :half], atol=1e-5):
+            part, near = full[0].float(), 1e-5 if full.dtype in (torch.float32, torch.float64) else 1e-2
+            if part.shape[1] != 2 * half or not torch.allclose(table[: len(part)], part[:, :half], atol=near):
                 raise UnfitError("its blocks receive other cosines and sines than its module makes")
         return self.known[kind]
 

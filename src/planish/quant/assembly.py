@@ -39,7 +39,9 @@ def _pair(norm: Norm | None) -> decoding.Norm:
     return None if norm is None else (norm.weight, norm.eps)
 
 
-def assemble(parts: Anatomy, head: Tensor, bias: Tensor | None, *, rounded: bool) -> decoding.NativeDecoder:
+def assemble(
+    parts: Anatomy, head: Tensor, bias: Tensor | None, *, rounded: bool, threads: int
+) -> decoding.NativeDecoder:
     """Build the compiled decoder; `rounded`: read the head as int8 rows first."""
     blocks = [
         decoding.Block(
@@ -60,5 +62,5 @@ def assemble(parts: Anatomy, head: Tensor, bias: Tensor | None, *, rounded: bool
     )  # fmt: skip
     return decoding.NativeDecoder(
         shape, blocks, parts.ropes, embedding.contiguous(), _pair(parts.last),
-        decoding.Head(head, bias, codes, scale, lost, parts.head_softcap),
+        decoding.Head(head, bias, codes, scale, lost, parts.head_softcap), threads,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from planish._support import bad, logger, warn_once
+from planish._support import bad, logger, require, warn_once
 from planish.kernels import decoding, placing
 from planish.quant.anatomy import UnfitError, examine
 from planish.quant.assembly import as_float, assemble, dense_rows
@@ -47,6 +47,7 @@ class Decoder(nn.Module):
         cache_dtype: Of keys and values, float32 or float16, which is half as large and rounds. Default float32.
         head: "int8" reads the head as the module's text says; "exact" reads all of it for every token. Default "int8".
         activation_bits: 16 (error about 1e-5), or 8, which is faster and costs accuracy. Default 16.
+        threads: Among how many weights are divided, 1 to 64. Default those that torch uses when it is built.
 
     Attributes:
         model: The model.
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         cache_dtype: torch.dtype = torch.float32,
         head: str = "int8",
         activation_bits: int = 16,
+        threads: int | None = None,
     ) -> None:
         super().__init__()
         if cache_dtype not in (torch.float32, torch.float16):
@@ -80,7 +82,10 @@ class Decoder(nn.Module):
             raise bad("Decoder", "head", "'int8' or 'exact'", head)
         if activation_bits not in (8, 16):
             raise bad("Decoder", "activation_bits", "16 or 8", activation_bits)
+        if threads is not None and not 1 <= threads <= 64:
+            raise bad("Decoder", "threads", "an int between 1 and 64", threads)
         self.model = model
+        self.threads = threads or min(64, torch.get_num_threads())
         self.cache_dtype, self.head, self.activation_bits = cache_dtype, head, activation_bits
         self._native: decoding.NativeDecoder | None = None
         self.why = ""
@@ -124,7 +129,9 @@ class Decoder(nn.Module):
         parts = examine(model, prompt)
         self._head_weight = dense_rows(parts.head)
         self._head_bias, self._head_softcap = as_float(getattr(parts.head, "bias", None)), parts.head_softcap
-        self._native = assemble(parts, self._head_weight, self._head_bias, rounded=self.head == "int8")
+        self._native = assemble(
+            parts, self._head_weight, self._head_bias, rounded=self.head == "int8", threads=self.threads
+        )
         self._verify(prompt)
 
     def _verify(self, prompt: Tensor) -> None:
@@ -270,10 +277,12 @@ class Decoder(nn.Module):
         self._check(ids, mask)
 
         def loop(_model: Any, ids: Tensor, **prepared: Any) -> Tensor:  # noqa: ANN401
-            return self._loop(ids, generator=generator, **prepared)
+            return self._loop(ids, generator=generator, streamer=settings.get("streamer"), **prepared)
 
         try:
-            made = self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=loop, **settings)
+            made = self.model.generate(
+                input_ids=ids, attention_mask=mask, custom_generate=loop, **_with_stop_strings(settings)
+            )
         except _StockError as error:
             warn_once(f"Decoder.generate: {error} run as transformers runs them.")
             return self._stock(ids, mask, settings)
@@ -384,3 +393,14 @@ class Decoder(nn.Module):
             return drawn
 
         return choose
+
+
+def _with_stop_strings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Turn stop strings into a criterion, since transformers keeps the tokenizer from loops other than its own."""
+    if settings.get("stop_strings") is None or settings.get("tokenizer") is None:
+        return settings
+    transformers = require("transformers", "transformers", "Decoder.generate")
+    left = {k: v for k, v in settings.items() if k not in ("stop_strings", "tokenizer", "stopping_criteria")}
+    found = transformers.StopStringCriteria(settings["tokenizer"], settings["stop_strings"])
+    criteria = transformers.StoppingCriteriaList([*(settings.get("stopping_criteria") or ()), found])
+    return {**left, "stopping_criteria": criteria}
