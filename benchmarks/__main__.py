@@ -9,7 +9,7 @@ import sys
 
 from benchmarks import harness
 
-NAMES = ("quant", "cost", "search")
+NAMES = ("quant", "cost", "search", "kernels")
 
 
 def _grid(text: str) -> tuple[int, int | None]:

@@ -62,6 +62,10 @@ def test_it_equals_its_dense_twin_for_every_grid(grid, bias):
     assert (dense.bias is not None) == bias
     assert torch.allclose(layer(x), dense(x), rtol=1e-5, atol=1e-5)
     assert torch.allclose(layer(x), oracle(layer, x), rtol=1e-5, atol=1e-5)
+    error = (layer(x.float()) - dense(x)).abs()
+    half_step = x.abs().amax() / 32639 / 2  # of a 16-bit activation
+    assert (error <= half_step * dense.weight.abs().sum(1) + 1e-4).all()
+    layer.activation_bits = None
     assert torch.allclose(layer(x.float()), dense(x).float(), rtol=1e-4, atol=1e-4)
 
 

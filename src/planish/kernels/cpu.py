@@ -56,7 +56,7 @@ def _w4a16(
             "planish.kernels: the compiled module is absent, so 4-bit layers run on the slow reference; "
             f"reinstall planish where a C++17 compiler is found ({absence})."
         )
-    if _shelf is not None and bits == 4:
+    if _native is not None and _shelf is not None and bits == 4:
         check_w4a16(x, packed, scale, zero, bias, bits, group_size, activation_bits)
         if activation_bits is not None and x.dtype is not torch.float64:
             weight = _shelf.find(packed, scale, zero, x.shape[-1], group_size)

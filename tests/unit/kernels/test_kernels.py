@@ -15,8 +15,10 @@ _SCALE = torch.ones(6, 3)
 _ZERO = torch.zeros(6, 3, dtype=torch.uint8)
 
 
-def w4a16(x=_X, packed=_PACKED, scale=_SCALE, zero=_ZERO, bias=None, bits=4, group_size=8):
-    return kernels.w4a16(x, packed, scale, zero, bias, bits=bits, group_size=group_size)
+def w4a16(x=_X, packed=_PACKED, scale=_SCALE, zero=_ZERO, bias=None, bits=4, group_size=8, activation_bits=None):
+    return kernels.w4a16(
+        x, packed, scale, zero, bias, bits=bits, group_size=group_size, activation_bits=activation_bits
+    )
 
 
 def qgemm(xq=torch.ones(2, 20, dtype=torch.int8), x_scale=torch.ones(2, 1), zero=_ZERO, **kwargs):  # noqa: B008
@@ -37,6 +39,7 @@ _REFUSED = [
     (lambda: w4a16(zero=_ZERO[:5]), "w4a16: `zero` must be of shape (6, 3); got (5, 3)."),
     (lambda: w4a16(bias=torch.ones(5)), "w4a16: `bias` must be of shape (6,); got (5,)."),
     (lambda: w4a16(bits=9), "w4a16: `bits` must be an int in [1, 8]; got 9."),
+    (lambda: w4a16(activation_bits=7), "w4a16: `activation_bits` must be None, 16 or 8; got 7."),
     (lambda: w4a16(group_size=0), "w4a16: `group_size` must be an int >= 1; got 0."),
     (lambda: w4a16(scale=_SCALE.to("meta")), "w4a16: `scale` must be on cpu like the input; got 'meta'."),
     (lambda: kernels.quantize_rows(_X, bits=1), "quantize_rows: `bits` must be an int in [2, 8]; got 1."),
@@ -81,8 +84,12 @@ def test_an_index_out_of_range_is_refused():
 def test_every_op_has_a_row_of_its_own_in_backends():
     rows = kernels.backends()
     assert {row.op for row in rows if row.device == "any"} == {"w4a16", "quantize_rows", "qgemm", "rotate"}
-    fast = next(row for row in rows if row.device == "cpu")
-    assert fast.kernel == ("reference" if cpu.absence else f"compiled ({cpu.isa})")
+    fast = [row.kernel for row in rows if row.device == "cpu"]
+    assert fast == (
+        ["reference"]
+        if cpu.absence
+        else [f"compiled ({cpu.isa}), repacked weight, integer activation", f"compiled ({cpu.isa})"]
+    )
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="only where CI=true must the compiled module be there")

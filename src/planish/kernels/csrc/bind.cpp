@@ -10,6 +10,7 @@
 
 #include "decoder_bind.h"
 #include "linear.h"
+#include "read.h"
 #include "w4a16.h"
 
 namespace nb = nanobind;
@@ -95,5 +96,9 @@ NB_MODULE(_native, m) {
     m.def("prepare", &prepare);
     m.def("linear", &linear);
     planish::bind_decoder(m);
+    m.def("read", [](std::uintptr_t data, std::int64_t bytes, int threads) {
+        nb::gil_scoped_release release;
+        return planish::read_all(at<const void>(data), bytes, threads);
+    });
     m.def("w4a16", &w4a16);
 }

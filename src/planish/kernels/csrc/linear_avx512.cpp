@@ -86,13 +86,12 @@ inline __m512 scales(const std::uint8_t* at) {
 
 // One tile times kRows rows. A single row spreads its sums over two sets of registers: the latency of one would show.
 template <int kBits, int kRows, ScaleType kType>
-void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
+void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y, std::int64_t ahead) {
     constexpr int kHalves = kBits / 8, kUnit = kBits, kSets = kRows <= 2 ? 2 : 1;
     const std::int64_t row_bytes = job.layout->bytes, size = scale_size(kType);
     const std::uint8_t *codes = job.tile + job.tiles->codes, *scale = job.tile, *zero = job.tile + job.tiles->zeros;
     const std::uint8_t* q = rows;
     const __m512i nibble = _mm512_set1_epi8(15);
-    const std::int64_t ahead = job.count <= kRows ? kAhead : 0; // a tile that meets more rows soon lies in the cache
     __m512 total[kRows][2] = {};
     for (std::int64_t s = 0; s < job.cut->count; ++s) {
         __m512i dot[kSets][kRows][kHalves][2] = {};
@@ -149,18 +148,23 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
 template <int kBits, ScaleType kType>
 void multiply_typed(const TileJob& job) {
     constexpr int kMost = kBits == 16 ? 5 : 6; // rows whose sums fit the registers
-    std::int64_t m = 0;
-    const auto next = [&](auto rows) {
-        multiply_rows<kBits, rows, kType>(job, job.rows + m * job.layout->bytes, job.y + m * job.y_stride);
-        m += rows;
-    };
-    while (job.count - m >= kMost) next(std::integral_constant<int, kMost>());
-    if constexpr (kMost > 5)
-        if (job.count - m == 5) next(std::integral_constant<int, 5>());
-    if (job.count - m == 4) next(std::integral_constant<int, 4>());
-    if (job.count - m == 3) next(std::integral_constant<int, 3>());
-    if (job.count - m == 2) next(std::integral_constant<int, 2>());
-    if (job.count - m == 1) next(std::integral_constant<int, 1>());
+    const std::int64_t turns = (job.count + kMost - 1) / kMost;
+    for (std::int64_t turn = 0, m = 0; turn < turns; ++turn) {
+        const auto next = [&](auto rows) {
+            // A single turn asks for its own codes, the last of several for those of the next tile.
+            const std::int64_t ahead = turns == 1 ? kAhead : turn + 1 == turns ? job.tiles->bytes : 0;
+            multiply_rows<kBits, rows, kType>(job, job.rows + m * job.layout->bytes, job.y + m * job.y_stride, ahead);
+            m += rows;
+        };
+        switch ((job.count - m + turns - turn - 1) / (turns - turn)) { // as even as can be
+        case 1: next(std::integral_constant<int, 1>()); break;
+        case 2: next(std::integral_constant<int, 2>()); break;
+        case 3: next(std::integral_constant<int, 3>()); break;
+        case 4: next(std::integral_constant<int, 4>()); break;
+        case 5: next(std::integral_constant<int, 5>()); break;
+        default: next(std::integral_constant<int, kMost>()); break;
+        }
+    }
 }
 
 template <int kBits>
