@@ -9,7 +9,7 @@ import sys
 
 from benchmarks import harness
 
-NAMES = ("quant", "cost", "search", "kernels")
+NAMES = ("quant", "cost", "search", "kernels", "decode")
 
 
 def _grid(text: str) -> tuple[int, int | None]:

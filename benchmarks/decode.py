@@ -180,7 +180,7 @@ def rows(quick: bool, *, skipped: dict[str, str] | None = None, models: tuple[st
             vocab = random_model.VOCAB if case != "SmolLM2-135M" else 49152
             yield from race(case, open_, reader, vocab, rounds=rounds, new=new)
             if case == "SmolLM2-135M":
-                yield from _agreement(case, reader, quantized_default(), 32 if quick else 256)
+                yield from _agreement(case, reader, data.language_model(), 32 if quick else 256)
                 yield from _cost(case, {s.name: s for s in open_}, quick)
         finally:
             for subject in open_:

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,9 +75,12 @@ class Float:
     """transformers in float32, with no more Python than its forward pass."""
 
     def __init__(self, path: str) -> None:
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415
+        from planish.quant import QLinear, sources  # noqa: PLC0415
 
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = sources.open_model(Path(path), dtype="auto").float()
+        for name, layer in list(self.model.named_modules()):
+            if isinstance(layer, QLinear):
+                self.model.set_submodule(name, layer.dequantize().float())
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], new: int) -> dict[str, Any]:

@@ -115,6 +115,9 @@ def rewrite(source: str, target: str) -> None:
         if values.ndim == 1:
             writer.add_tensor(tensor.name, values)
             continue
+        if tensor.tensor_type == kinds.Q4_0:  # already what it is to be
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=kinds.Q4_0)
+            continue
         ends = tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight")
         kind = kinds.Q6_K if ends and values.shape[1] % 256 == 0 else kinds.Q8_0 if ends else kinds.Q4_0
         block, size = gguf.GGML_QUANT_SIZES[kind]
