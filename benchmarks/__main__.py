@@ -9,7 +9,7 @@ import sys
 
 from benchmarks import harness
 
-NAMES = ("quant", "cost", "search", "kernels", "decode")
+NAMES = ("quant", "cost", "search", "kernels", "decode", "decode_large")
 
 
 def _grid(text: str) -> tuple[int, int | None]:

@@ -1,10 +1,10 @@
-"""Tokens a second, beside llama.cpp and float32: the default model, and a random one of a billion weights.
+"""Tokens a second, beside llama.cpp and float32: the default model. `decode_large` is the same for a larger one.
 
 Every subject is a process of its own with the same number of threads; they take turns, each round asks all of them for
-the same prompt and the same number of tokens, and medians and ratios are over rounds. llama.cpp comes from the wheel
-`xllamacpp`, in the environment whose Python PLANISH_RIVALS_PYTHON names (default this one); it is built for AVX2, and so
-is whatever it reports. The floor is what it takes to read, once a token, the bytes that a token needs, at the rate at
-which the same threads read memory plainly in the same run.
+the same prompt and the same number of tokens; medians and ratios are over rounds. llama.cpp comes from the wheel
+`xllamacpp`, in the environment whose Python PLANISH_RIVALS_PYTHON names (default this one); it is built for AVX2, and
+so is whatever it reports. The floor is what it takes to read, once a token, the bytes that a token needs, at the rate
+at which the same threads read memory plainly in the same run.
 """
 
 import json
@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import data, random_model
+from benchmarks import data
 from benchmarks.harness import REUSE_MEMORY, ROOT, Row, cores
 
 PROMPT, SHORT = 256, 16
@@ -46,20 +47,19 @@ class Subject:
         self.facts = self._answer()
 
     def _answer(self) -> Any:  # noqa: ANN401
-        assert self.process.stdout is not None and self.process.stderr is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name}: {self.process.stderr.read().strip().splitlines()[-1:]}")
         return json.loads(line)
 
     def ask(self, **request: object) -> Any:  # noqa: ANN401
-        assert self.process.stdin is not None
+        """Return the answer to one request."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        assert self.process.stdin is not None
+        """Let the process end."""
         self.process.stdin.close()
         self.process.wait(60)
 
@@ -102,12 +102,13 @@ def q4_0(source: Path) -> Path:
     return target
 
 
-def race(case: str, subjects: list[Subject], reader: Subject, vocab: int, *, rounds: int, new: int) -> Iterator[Row]:
+def race(case: str, subjects: list[Subject], vocab: int, *, rounds: int, new: int) -> Iterator[Row]:
     """Let subjects take turns; yield medians, ratios to each rival, and what part of the floor ours reach."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab, (PROMPT,), generator=generator).tolist()
     times: dict[str, list[tuple[float, float]]] = {s.name: [] for s in subjects}
     rates = []
+    reader = next(s for s in subjects if s.name == "planish")
     for turn in range(rounds + 1):
         rates.append(reader.ask(read=READ))
         for subject in subjects:
@@ -151,40 +152,46 @@ def _agreement(case: str, subject: Subject, path: Path, new: int) -> Iterator[Ro
         same.append(next((i for i, (a, b) in enumerate(zip(made, stock, strict=True)) if a != b), new))
     unit = f"tokens of {new}"
     yield Row(case, subject.name, "greedy text equal to the model's own, least", min(same), unit, "the model itself")
-    yield Row(case, subject.name, "greedy text equal to the model's own, mean", statistics.mean(same), unit, "the model itself")
+    yield Row(
+        case,
+        subject.name,
+        "greedy text equal to the model's own, mean",
+        statistics.mean(same),
+        unit,
+        "the model itself",
+    )
 
 
-def rows(quick: bool, *, skipped: dict[str, str] | None = None, models: tuple[str, ...] | None = None, **_: object) -> Iterator[Row]:
-    """Yield speeds, their ratios, parts of the floor, and what 8-bit activations cost.
+def rows(quick: bool, *, skipped: dict[str, str] | None = None, **_: object) -> Iterator[Row]:
+    """Yield speeds, their ratios, parts of the floor, and what 8-bit activations cost, on the default model.
 
     Args:
-        quick: Few tokens and rounds, and only the default model.
+        quick: Few tokens and rounds.
         skipped: Filled with what could not run, and why.
-        models: Only those whose case holds one of these.
     """
-    skipped = {} if skipped is None else skipped
-    rounds, new = (2, 16) if quick else (7, 64)
-    cases = ["SmolLM2-135M"] if quick else ["SmolLM2-135M", random_model.NAME]
-    for case in cases:
-        if models is not None and not any(part.lower() in case.lower() for part in models):
-            continue
-        named = _default() if case == "SmolLM2-135M" else random_model.commands(llamacpp, ours)
-        open_: list[Subject] = []
-        try:
-            for name, command in named.items():
-                try:
-                    open_.append(Subject(name, command))
-                except (RuntimeError, OSError) as error:
-                    skipped[f"{name} ({case})"] = str(error)
-            reader = next(s for s in open_ if s.name == "planish")
-            vocab = random_model.VOCAB if case != "SmolLM2-135M" else 49152
-            yield from race(case, open_, reader, vocab, rounds=rounds, new=new)
-            if case == "SmolLM2-135M":
-                yield from _agreement(case, reader, data.language_model(), 32 if quick else 256)
-                yield from _cost(case, {s.name: s for s in open_}, quick)
-        finally:
-            for subject in open_:
-                subject.close()
+    case = "SmolLM2-135M"
+    with running(_default(), case, {} if skipped is None else skipped) as subjects:
+        yield from race(case, list(subjects.values()), 49152, rounds=2 if quick else 7, new=16 if quick else 64)
+        yield from _agreement(case, subjects["planish"], data.language_model(), 32 if quick else 256)
+        yield from _cost(case, subjects, quick)
+
+
+@contextmanager
+def running(named: dict[str, list[str]], case: str, skipped: dict[str, str]) -> Iterator[dict[str, Subject]]:
+    """Hold the subjects' processes open; those that cannot start are entered in `skipped`, but for ours."""
+    subjects: dict[str, Subject] = {}
+    try:
+        for name, command in named.items():
+            try:
+                subjects[name] = Subject(name, command)
+            except (RuntimeError, OSError) as error:
+                if name.startswith("planish"):
+                    raise
+                skipped[f"{name} ({case})"] = str(error)
+        yield subjects
+    finally:
+        for subject in subjects.values():
+            subject.close()
 
 
 def _default() -> dict[str, list[str]]:
@@ -206,4 +213,6 @@ def _cost(case: str, subjects: dict[str, Subject], quick: bool) -> Iterator[Row]
     yield Row(case, "planish", "negative log-likelihood", exact, "nats/token")
     for name in ("planish, 8-bit activations", "planish, float16 cache"):
         if name in subjects:
-            yield Row(case, name, "negative log-likelihood", subjects[name].ask(nll=rows) - exact, "nats/token", "planish")
+            yield Row(
+                case, name, "negative log-likelihood", subjects[name].ask(nll=rows) - exact, "nats/token", "planish"
+            )

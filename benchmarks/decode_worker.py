@@ -2,10 +2,11 @@
 
     python -m benchmarks.decode_worker KIND MODEL
 
-KIND is native (our decoder), native8 (with 8-bit activations), native-half (with a float16 cache), or float (transformers,
-float32). Reads requests, one JSON a line, and answers each by one. {"prompt": ids, "new": n} gives the seconds of the
-prompt and of n new tokens, and the tokens; {"stock": ids, "new": n} the tokens of the model without our decoder; {"nll":
-rows} the mean log-likelihood lost; {"read": bytes} the rate at which the same threads read memory plainly, in GB/s.
+KIND is native (our decoder), native8 (with 8-bit activations), native-half (with a float16 cache), or float
+(transformers, float32). Reads requests, one JSON a line, and answers each by one. {"prompt": ids, "new": n} gives the
+seconds of the prompt and of n new tokens, and the tokens; {"stock": ids, "new": n} the tokens of the model without our
+decoder; {"nll": rows} the mean log-likelihood lost; {"read": bytes} the rate at which the same threads read memory
+plainly, in GB/s.
 """
 
 import contextlib
@@ -35,19 +36,23 @@ class Native:
             raise ValueError(f"the native decoder does not run this model: {self.decoder.why}")
 
     def generate(self, prompt: list[int], new: int) -> dict[str, Any]:
+        """Return seconds of prompt and new tokens, and the tokens."""
         ids = torch.tensor([prompt])
         stamps = _Stamps()
         made = self.decoder.generate(ids, max_new_tokens=new + 1, streamer=stamps, **SETTINGS)
         return {**stamps.seconds(), "tokens": made[0, len(prompt) :].tolist()}
 
     def stock(self, prompt: list[int], new: int) -> list[int]:
+        """Return the tokens of the model without the decoder."""
         made = self.model.generate(torch.tensor([prompt]), max_new_tokens=new, **SETTINGS)
         return made[0, len(prompt) :].tolist()
 
     def nll(self, rows: list[list[int]]) -> float:
+        """Return the mean negative log-likelihood of rows of tokens."""
         return sum(float(self.decoder.nll(torch.tensor([row]))) for row in rows) / len(rows)
 
     def facts(self) -> dict[str, Any]:
+        """Return the bytes that a token needs."""
         native, config = self.decoder._native, self.decoder.config
         head = config.vocab_size * (config.hidden_size + 8)  # a byte a weight, a scale and a bound a row
         position = 2 * native.layers * native.shape.kv_heads * native.padded
@@ -62,12 +67,14 @@ class _Stamps:
         self.times: list[float] = []
 
     def put(self, _value: torch.Tensor) -> None:
+        """Note the time."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing is left to show."""
 
     def seconds(self) -> dict[str, float]:
+        """Return the seconds until the first token, and from there to the last."""
         return {"prompt": self.times[1] - self.times[0], "decode": self.times[-1] - self.times[1]}
 
 
@@ -84,6 +91,7 @@ class Float:
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], new: int) -> dict[str, Any]:
+        """Return seconds of prompt and new tokens, and the tokens."""
         began = time.perf_counter()
         out = self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
         found = [int(out.logits[0, -1].argmax())]
@@ -94,6 +102,7 @@ class Float:
         return {"prompt": middle - began, "decode": time.perf_counter() - middle, "tokens": found}
 
     def facts(self) -> dict[str, Any]:
+        """Return the bytes that a token needs."""
         seen = {p.data_ptr(): p.nbytes for p in self.model.parameters()}
         return {"bytes": sum(seen.values())}
 
@@ -101,7 +110,11 @@ class Float:
 def read_rate(size: int, repeats: int = 7) -> float:
     from planish.kernels import placing  # noqa: PLC0415
 
-    native, data = placing.module(), torch.ones(size, dtype=torch.uint8)
+    native, arena = placing.module(), placing.Arena()
+    arena.place(size)
+    arena.open()  # large pages, as our weights have
+    data = arena.memory
+    data.fill_(1)
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()

@@ -61,9 +61,7 @@ def _race(subjects: dict[str, list[Callable[[], object]]], seconds: float) -> di
     return times
 
 
-def measure(
-    *, n: int, k: int, m: int, threads: int, quick: bool, against: tuple[str, ...] | None
-) -> dict[str, object]:
+def measure(*, n: int, k: int, m: int, threads: int, quick: bool, against: tuple[str, ...] | None) -> dict[str, object]:
     """Race ours and the rivals at one shape."""
     from benchmarks import matmuls  # noqa: PLC0415
 

@@ -113,9 +113,7 @@ def _onnxruntime(level: int) -> Callable[[Problem, int], Callable[[], Any]]:
         options.intra_op_num_threads = p.threads
         # copies take turns on the same cores: a copy's threads must not spin while another's work
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if p.copies == 1 else "0")
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         feed = {"A": p.x.numpy()}
         return lambda: session.run(None, feed)[0]
 

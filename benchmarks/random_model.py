@@ -25,9 +25,10 @@ def checkpoint(shape: dict[str, int] | None = None) -> Path:
     shape = SHAPE if shape is None else shape
 
     def make(folder: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
         import planish  # noqa: PLC0415
         from planish.quant import Affine, QLinear, QTensor  # noqa: PLC0415
-        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
         generator = torch.Generator().manual_seed(0)
         with torch.device("meta"):
@@ -74,7 +75,6 @@ def commands(llamacpp: Callable[[Path], list[str]], ours: Callable[[str, Path], 
     path = checkpoint()
     return {
         "planish": ours("native", path),
-        "planish, 8-bit activations": ours("native8", path),
         "llama.cpp Q4_0": llamacpp(gguf(llamacpp, path)),
         "transformers float32": ours("float", path),
     }

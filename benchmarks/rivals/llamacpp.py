@@ -2,9 +2,9 @@
 
     python benchmarks/rivals/llamacpp.py MODEL.gguf THREADS [from IN.gguf]
 
-Reads requests, one JSON a line ({"prompt": [ids], "new": n}), and answers each with the seconds of the prompt, of the new
-tokens, and the tokens. Runs in an environment of its own; structures are passed as they come from llama.cpp's own
-functions for defaults, so that nothing of their layout is assumed but the first fields.
+Reads requests, one JSON a line ({"prompt": [ids], "new": n}), and answers each with the seconds of the prompt and of
+the new tokens, and the tokens. Runs in an environment of its own; structures are passed as they come from llama.cpp's
+own functions for defaults, so that nothing of their layout is assumed but the first fields.
 """
 
 import ctypes
@@ -72,6 +72,7 @@ class Engine:
         self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
 
     def run(self, tokens: list[int]) -> int:
+        """Run tokens; return the most probable next one."""
         held = (ctypes.c_int32 * len(tokens))(*tokens)
         if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ctypes.addressof(held), len(tokens))):
             raise ValueError("llama_decode failed")
@@ -79,6 +80,7 @@ class Engine:
         return int(np.ctypeslib.as_array(logits, (self.vocab,)).argmax())
 
     def generate(self, prompt: list[int], new: int) -> dict[str, object]:
+        """Return seconds of prompt and new tokens, and the tokens."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         began = time.perf_counter()
         found = [self.run(prompt)]
@@ -89,7 +91,7 @@ class Engine:
 
 
 def rewrite(source: str, target: str) -> None:
-    """Write a file's Q4_0 twin as llama.cpp's own quantizer does: matrices Q4_0, a tied embedding Q6_K, vectors as they are.
+    """Write a file's Q4_0 twin as llama.cpp's own quantizer does: matrices Q4_0, the head Q6_K or Q8_0, vectors as is.
 
     The wheel lacks that quantizer but exports the functions it calls.
     """

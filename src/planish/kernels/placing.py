@@ -70,7 +70,8 @@ class Arena:
         """Allocate what was reserved."""
         if self.size == 0:
             return
-        room = mmap.mmap(-1, self.size + _PAGE)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+        room = mmap.mmap(-1, self.size + _PAGE, **private)  # what is shared, as by default, gets small pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without large pages
                 room.madvise(mmap.MADV_HUGEPAGE)
