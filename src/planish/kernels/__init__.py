@@ -51,7 +51,7 @@ def backends() -> tuple[Backend, ...]:
 
     Example:
         >>> sorted({row.op for row in backends()})
-        ['qgemm', 'quantize_rows', 'rotate', 'w4a16']
+        ['decoder', 'qgemm', 'quantize_rows', 'rotate', 'w4a16']
     """
     if cpu.absence:
         fast = [Backend("w4a16", "cpu", "reference", "all", f"the compiled module is absent: {cpu.absence}")]
@@ -62,8 +62,11 @@ def backends() -> tuple[Backend, ...]:
             Backend("w4a16", "cpu", f"{kernel}, repacked weight, integer activation", rounded),
             Backend("w4a16", "cpu", kernel, "bits=4, float32"),
         ]
+    whole = Backend("decoder", "cpu", "absent", "none", f"the compiled module is absent: {cpu.absence}")
+    if not cpu.absence:
+        whole = Backend("decoder", "cpu", f"compiled ({cpu.isa})", "4-bit decoders of the Llama kind: quant.Decoder")
     plain = ("w4a16", "quantize_rows", "qgemm", "rotate")
-    return (*fast, *(Backend(op, "any", "reference", "all", "no faster version is written yet") for op in plain))
+    return (*fast, whole, *(Backend(op, "any", "reference", "all", "no faster version is written yet") for op in plain))
 
 
 def w4a16(
