@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from planish._support import bad, logger, require, warn_once
+from planish._support import bad, logger, warn_once
 from planish.kernels import decoding, placing
 from planish.quant.anatomy import UnfitError, examine
 from planish.quant.assembly import as_float, assemble, dense_rows
+from planish.quant.generation import with_stop_strings
 from planish.quant.layers import QLinear
 
 SPAN = 16.0  # below that, a token is a million times less probable than the best
@@ -281,7 +282,7 @@ class Decoder(nn.Module):
 
         try:
             made = self.model.generate(
-                input_ids=ids, attention_mask=mask, custom_generate=loop, **_with_stop_strings(settings)
+                input_ids=ids, attention_mask=mask, custom_generate=loop, **with_stop_strings(settings)
             )
         except _StockError as error:
             warn_once(f"Decoder.generate: {error} run as transformers runs them.")
@@ -393,14 +394,3 @@ class Decoder(nn.Module):
             return drawn
 
         return choose
-
-
-def _with_stop_strings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Turn stop strings into a criterion, since transformers keeps the tokenizer from loops other than its own."""
-    if settings.get("stop_strings") is None or settings.get("tokenizer") is None:
-        return settings
-    transformers = require("transformers", "transformers", "Decoder.generate")
-    left = {k: v for k, v in settings.items() if k not in ("stop_strings", "tokenizer", "stopping_criteria")}
-    found = transformers.StopStringCriteria(settings["tokenizer"], settings["stop_strings"])
-    criteria = transformers.StoppingCriteriaList([*(settings.get("stopping_criteria") or ()), found])
-    return {**left, "stopping_criteria": criteria}
