@@ -9,7 +9,7 @@ import sys
 
 from benchmarks import harness
 
-NAMES = ("quant", "cost", "search", "kernels", "decode", "decode_large")
+NAMES = ("quant", "cost", "search", "calibration", "kernels", "decode", "decode_large")
 
 
 def _grid(text: str) -> tuple[int, int | None]:
@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--models", help="only models whose name holds one of these, comma-separated")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
-    if os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
+    module = importlib.import_module(f"benchmarks.{args.name}")
+    if getattr(module, "REUSE_MEMORY", True) and os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
         again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
         os.execve(sys.executable, again, os.environ | harness.REUSE_MEMORY)
     # Leave through Python when told to end, so that the driver under way is ended too and not left behind.
@@ -37,7 +38,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     against = None if args.against is None else tuple(a for a in args.against.split(",") if a != "none")
     skipped: dict[str, str] = {}
-    module = importlib.import_module(f"benchmarks.{args.name}")
     only = None if args.only is None else tuple(args.only.split(","))
     grids = None if args.grids is None else tuple(_grid(text) for text in args.grids.split(","))
     models = None if args.models is None else tuple(args.models.split(","))

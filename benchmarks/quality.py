@@ -6,25 +6,17 @@ logits follow exactly, because no subject touches the head.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planish.quant.intervals import Estimate
+
 CHUNK = 256
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % percentile-bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap(values: Tensor, resamples: int = 10_000) -> Interval:
+def bootstrap(values: Tensor, resamples: int = 10_000) -> Estimate:
     """Resample windows with replacement, with a fixed generator.
 
     Args:
@@ -32,14 +24,14 @@ def bootstrap(values: Tensor, resamples: int = 10_000) -> Interval:
         resamples: How many resamples the percentiles are read from.
 
     Returns:
-        The mean of `values` and the interval of means.
+        The mean of `values` and its 95 % percentile interval.
     """
     values = values.double()
     generator = torch.Generator().manual_seed(0)
     pick = torch.randint(len(values), (resamples, len(values)), generator=generator)
     means = values[pick].mean(dim=1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(values.mean().item(), low, high)
+    return Estimate(values.mean().item(), low, high)
 
 
 @torch.no_grad()

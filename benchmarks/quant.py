@@ -80,9 +80,9 @@ def _absolute(case: Case, name: str, scores: dict[str, Tensor], note: str) -> It
     for metric, values in scores.items():
         interval = quality.bootstrap(values)
         if metric == "nll":  # the interval of a mean of logarithms becomes that of a perplexity
-            ppl = [math.exp(v) for v in (interval.mean, interval.low, interval.high)]
+            ppl = [math.exp(v) for v in (interval.value, interval.low, interval.high)]
             yield Row(case.name, name, "perplexity", ppl[0], "", None, ppl[1], ppl[2], note)
-        yield Row(case.name, name, metric, interval.mean, UNITS[metric], None, interval.low, interval.high, note)
+        yield Row(case.name, name, metric, interval.value, UNITS[metric], None, interval.low, interval.high, note)
 
 
 def _differences(case: Case, results: dict[str, dict[str, Tensor]], metrics: tuple[str, ...]) -> Iterator[Row]:
@@ -96,7 +96,7 @@ def _differences(case: Case, results: dict[str, dict[str, Tensor]], metrics: tup
         for a, b in pairs + floats:
             interval = quality.bootstrap(results[a][metric] - results[b][metric])
             yield Row(
-                case.name, a, f"{metric} difference", interval.mean, UNITS[metric], b, interval.low, interval.high
+                case.name, a, f"{metric} difference", interval.value, UNITS[metric], b, interval.low, interval.high
             )
 
 

@@ -17,10 +17,10 @@ from benchmarks import data
 from benchmarks.driver import load_model
 from benchmarks.harness import Row
 from planish.quant import search, smoothquant_plus
+from planish.quant.candidates import loss
 from planish.quant.engine import Walk, process
 from planish.quant.moments import measure
 from planish.quant.precision import restore, round_off
-from planish.quant.search import loss
 
 GRID = tuple(i / 20 for i in range(21))
 DROP = 2.0
@@ -51,9 +51,8 @@ def float_output(model: torch.nn.Module, batches: list[Tensor]) -> list[Tensor]:
     stream = Walk(model, batches).stream
     hidden = stream.start()
     for index in range(len(stream.modules)):
-        block = stream.block(index, hidden)
-        hidden = list(block.run())
-        stream.put_back(block, index)
+        with stream.looking(index, hidden) as block:
+            hidden = list(block.run())
     return hidden
 
 

@@ -20,6 +20,7 @@ PAGES = (
     "README.md",
     "docs/index.md",
     "docs/papers/smoothquant_plus.md",
+    "docs/papers/smooth_ece.md",
     "docs/jobs/quantize.md",
     "docs/jobs/run-it-fast.md",
     "docs/reference/cli.md",
@@ -180,6 +181,31 @@ def search(results: Results) -> str:
     return f"{table(header, lines)}\n{run['rows'][0]['case']}. {_origin(run, 'search')}\n"
 
 
+def calibration(results: Results) -> str:
+    """Return the smooth calibration error by definition, by us and by relplot; and what each takes."""
+    run = results.newest("calibration")
+    if run is None:
+        return _unmeasured("calibration")
+    away = {(r["case"], r["subject"]): r["value"] for r in run["rows"] if r["metric"] == "difference"}
+    exact, times = [], []
+    for case in dict.fromkeys(row["case"] for row in run["rows"]):
+        found = _pick(run, case)
+        if "definition" in found:
+            right = found["definition"]["smECE"]["value"]
+            cells = [
+                f"{away[case, who]:+.1g} ({away[case, who] / right:+.1%})" if (case, who) in away else "-"
+                for who in ("planish", "relplot")
+            ]
+            exact.append((case, f"{right:.6f}", *cells))
+        else:
+            ratio = next((r["value"] for r in run["rows"] if r["case"] == case and r["baseline"] == "relplot"), None)
+            cells = [_value(found.get(who, {}), "time", ".2f", interval=True) for who in ("planish", "relplot")]
+            times.append((case, *cells, "-" if ratio is None else f"{ratio:.0f}"))
+    first = table(("", "by definition", "**planish** is off by", "relplot is off by"), exact)
+    second = table(("", "**planish**, ms [least, most]", "relplot, ms", "times faster"), times)
+    return f"{first}\n{second}\nMedians of turns in one process, one thread. {_origin(run, 'calibration')}\n"
+
+
 def claims(results: Results, paper: str) -> str:
     """Return the claims of one paper that tests assert, with what was measured and what was needed."""
     kept = json.loads(results.claims.read_text(encoding="utf-8")) if results.claims.exists() else []
@@ -275,6 +301,7 @@ def render(name: str, results: Results) -> str:
         "cost": lambda: cost(results),
         "search": lambda: search(results),
         "decode": lambda: "\n".join(decode(results, name) for name in ("decode", "decode_large")),
+        "calibration": lambda: calibration(results),
         "claims": lambda: claims(results, rest),
         "cli": cli,
     }

@@ -156,7 +156,7 @@ def demo(
         else "its loss is that of the table"
     )
     console.print(f"\n{show.OURS}: {told}; intervals are of 95 %.")
-    console.print(f"checkpoint {found.checkpoint}\nreport     {found.page}", soft_wrap=True, highlight=False)
+    console.print(f"checkpoint {_sized(found.checkpoint)}\nreport     {found.page}", soft_wrap=True, highlight=False)
 
 
 @command
@@ -206,7 +206,7 @@ def quantize(
     console.print(done.report, markup=False, highlight=False)
     if done.evaluations:
         console.print(_table(done.evaluations, {}))
-    console.print(f"checkpoint {out} ({done.layout})\nreport     {done.page}", soft_wrap=True, highlight=False)
+    console.print(f"checkpoint {_sized(out)}, {done.layout}\nreport     {done.page}", soft_wrap=True, highlight=False)
 
 
 @command
@@ -316,6 +316,11 @@ def _said(key: str, value: object) -> str:
     return f"{value / 1e6:,.1f} MB" if "bytes" in key and isinstance(value, int) else f"{value}"
 
 
+def _sized(checkpoint: Path) -> str:
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return f"{checkpoint}: {size / 1e6:,.1f} MB"
+
+
 def _table(evaluations: Mapping[str, Any], runs: Mapping[str, Any]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
@@ -340,7 +345,8 @@ def _table(evaluations: Mapping[str, Any], runs: Mapping[str, Any]) -> Table:
     row("KL, nats/token", paired("kl", ".3f"))
     row("same top token", paired("agreement", ".3f"))
     row("smooth ECE", lambda _, e: "-" if e.smooth_ece is None else f"{e.smooth_ece:.4f}")
-    row("size, MB", lambda _, e: f"{e.bytes / 1e6:.1f}")
+    row("if calibrated", lambda _, e: "-" if e.calibration is None else f"{e.calibration.floor:.4f}")
+    row("in memory, MB", lambda _, e: f"{e.bytes / 1e6:.1f}")
     row("tokens/s read", lambda _, e: f"{e.tokens_per_second:.0f}")
     if runs:
         row("quantized in, s", lambda name, _: f"{runs[name].seconds:.1f}" if name in runs else "-")

@@ -133,6 +133,26 @@ def keep_memory() -> bool:
     return all(mallopt(*pair) == 1 for pair in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)))
 
 
+def release_memory() -> bool:
+    """Let the C library give freed memory back to the system now, holes in the middle of its heap included.
+
+    glibc takes a large block straight from the system only up to a threshold, and raises that to the size of whatever
+    such block is freed (up to 32 MB), and with it the size of the free end that it keeps (up to 64 MB). From then on
+    tensors of that size lie in the heap, and what is freed there stays with the process.
+
+    Returns:
+        Whether anything was given back.
+
+    Example:
+        >>> release_memory() in (True, False)
+        True
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    return trim is not None and trim(0) == 1
+
+
 _warned: set[str] = set()
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from planish.quant import QLinear, quantize, rtn, search, smoothquant_plus
+from planish.quant.candidates import loss
 from planish.quant.engine import Method, Walk, no_transform
 from planish.quant.formats import Affine
 from planish.quant.methods.smoothquant_plus import Smooth
 from planish.quant.moments import measure
-from planish.quant.search import loss
 
 transformers = pytest.importorskip("transformers")
 plant_outliers = runpy.run_path(str(Path(__file__).parents[1] / "planted.py"))["plant_outliers"]
@@ -219,7 +219,7 @@ def test_bad_arguments():
         ),
         (
             lambda: smoothquant_plus(objective="mse"),
-            "SearchAlpha: `objective` must be one of hidden_mse, kl, nll; got 'mse'.",
+            "SearchAlpha: `objective` must be None or one of hidden_mse, kl, nll; got 'mse'.",
         ),
         (lambda: smoothquant_plus(act_stat="p99"), "Smooth: `act_stat` must be one of absmax, mean, rms; got 'p99'."),
         (lambda: Smooth(exceptions=(("mlp", 2.0),)), "Smooth: `alpha` must be a float in [0, 1]; got 2.0."),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.quant.formats import FP4, Affine, Dual, format_from_dict
+from planish.quant.formats import FP4, Affine, Dual, QTensor, format_from_dict
 from planish.quant.packing import n_words, pack, unpack
 
 EXACT = [Affine(b, g, s, scale_dtype="float64") for b in (1, 2, 3, 4, 5, 8) for g in (8, None) for s in (False, True)]
@@ -241,6 +241,10 @@ def test_the_sentence_of_a_group_size_that_does_not_divide_names_one_that_does()
         Affine(4, 128).n_groups(576)
     with pytest.raises(ValueError, match=r"use group_size=None or ragged=True"):
         Affine(4, 16).n_groups(7)
+    with pytest.raises(ValueError, match=r"^FP4: 40 .* \(40 = 2 x 16 \+ 8\); use group_size=a divisor of 40\.$"):
+        FP4(16).encode(torch.ones(1, 40))
+    with pytest.raises(ValueError, match=r"^FP4: 48 .*; use group_size=16 or a divisor of 48\.$"):
+        FP4(32).decode(QTensor(torch.zeros(1, 48, dtype=torch.uint8), torch.ones(1, 2), None, FP4(32)))
     assert Affine(4, 128, ragged=True).n_groups(576) == 5
 
 

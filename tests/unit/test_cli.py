@@ -65,7 +65,7 @@ def test_quantize_writes_a_checkpoint_and_its_report(small, text):
     out, result = small
     assert "groups of 32" in result.stderr
     assert f"calibrating on 512 tokens of {text}" in "".join(result.stderr.split("\n"))
-    assert "perplexity" in result.stdout and f"checkpoint {out} (compressed-tensors)" in result.stdout
+    assert "perplexity" in result.stdout and f"checkpoint {out}: 0.1 MB, compressed-tensors" in result.stdout
     report = json.loads((out / "report.json").read_text())
     assert report["subject"] == "rtn" and len(report["blocks"]) == 2
     assert report["data"]["evaluated_on"] == {"text": str(text), "tokens": 640}
@@ -115,7 +115,14 @@ def test_the_demo_end_to_end(model, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "LENGTH", 32)
     out = tmp_path / "demo"
     first = run("demo", out)
-    for words in ("perplexity", "KL, nats/token", "same top token", "size, MB", "quantized in, s", "peak memory, GB"):
+    for words in (
+        "perplexity",
+        "KL, nats/token",
+        "same top token",
+        "in memory, MB",
+        "quantized in, s",
+        "peak memory, GB",
+    ):
         assert words in first.stdout
     table = first.stdout.partition("The capital")[0]
     assert max(map(len, table.split("\n"))) <= 80

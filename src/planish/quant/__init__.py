@@ -6,7 +6,8 @@ leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare 
 
 from collections.abc import Callable
 
-from planish.quant.checkpoint import inspect, load, save
+from planish.quant.candidates import search
+from planish.quant.checkpoint import inspect, load, round_kept, save
 from planish.quant.decoder import Decoder
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
@@ -20,7 +21,6 @@ from planish.quant.methods.gptq import gptq
 from planish.quant.methods.rtn import rtn
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
 from planish.quant.report import Report
-from planish.quant.search import search
 from planish.quant.transcode import export
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -57,6 +57,7 @@ __all__ = [
     "load",
     "open_model",
     "quantize",
+    "round_kept",
     "rtn",
     "save",
     "search",

@@ -22,12 +22,14 @@ class Series:
         points: (x, y) pairs; a y that is not finite breaks the line.
         kind: Class that colours it: "base", "ours", "rival" or "faint".
         dots: Mark every point, with its value to be read on hover.
+        band: (x, low, high) triples of an area to be shaded behind the line.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     kind: str = "ours"
     dots: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ class Frame:
 
     def line(self, series: Series) -> None:
         """Add a series."""
+        if len(series.band) > 1:
+            edge = [(x, low) for x, low, _ in series.band] + [(x, high) for x, _, high in reversed(series.band)]
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (self.at(*p) for p in edge))
+            self.add(f'<polygon class="band {series.kind}" points="{path}"/>')
         runs: list[list[tuple[float, float]]] = [[]]
         for x, y in series.points:
             if math.isfinite(y) and (y > 0 or not self.y.log):

@@ -19,6 +19,7 @@ from planish.quant import directory, files, fitting, layouts, naming, schemes
 from planish.quant.directory import Checkpoint
 from planish.quant.experts import unfuse
 from planish.quant.layers import QLinear
+from planish.quant.precision import HALF
 from planish.quant.report import Report
 
 _LAYOUTS = ("auto", "compressed-tensors", "planish")
@@ -34,6 +35,7 @@ def save(
     rounded: bool = True,
     tokenizer: Any | None = None,  # noqa: ANN401  (any transformers tokenizer or processor)
     report: Report | None = None,
+    kept: torch.dtype | None = None,
 ) -> str:
     """Write a model as a Hugging Face directory; the model stays as it is.
 
@@ -48,14 +50,17 @@ def save(
         rounded: False writes a float (smoothed) model, without quantized layers, as an ordinary directory.
         tokenizer: Written beside the model.
         report: Written as `report.json`; its method becomes the checkpoint's provenance.
+        kept: Half precision in which float32 matrices outside quantized layers are written, where that is exact (see
+            `round_kept`); readers widen them again. Default: everything as it is.
 
     Returns:
         The layout that was written: "compressed-tensors", "planish" or "float".
 
     Raises:
         ValueError: `layout` is unknown; the model has no quantized layers and `rounded` is True, or has some and
-            `rounded` is False.
-        CheckpointError: The layout asked for cannot hold a layer; the target exists; the disk is full or read-only.
+            `rounded` is False; `kept` is not a half precision.
+        CheckpointError: The layout asked for, or `kept`, cannot hold a layer; the target exists; the disk is
+            full or read-only.
 
     Example:
         >>> import tempfile, torch
@@ -71,6 +76,8 @@ def save(
     """
     if layout not in _LAYOUTS:
         raise bad("save", "layout", f"one of {', '.join(_LAYOUTS)}", layout)
+    if kept not in (None, *HALF):
+        raise bad("save", "kept", "torch.float16, torch.bfloat16 or None", kept)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
     if rounded != bool(layers):
         wanted = "a model with QLinear layers (quantize it first, or pass rounded=False)"
@@ -80,7 +87,7 @@ def save(
     hub = _is_hub_model(model)
     config = _config(model)
     checkpoint = Checkpoint(
-        config, layers, _float_tensors(model, layers),
+        config, layers, {n: _narrowed(n, t, kept) for n, t in _float_tensors(model, layers).items()},
         ignore=[name for name, m in model.named_modules() if isinstance(m, nn.Linear)] + _routers(model),
         method=report.method if report is not None else "",
     )  # fmt: skip
@@ -105,7 +112,7 @@ def _is_hub_model(model: nn.Module) -> bool:
 def _config(model: nn.Module) -> dict[str, Any]:
     """Return the model's config without what an earlier quantization left in it (GGUF files loaded by transformers)."""
     if not _is_hub_model(model):
-        return {"model_type": "planish", "class": type(model).__name__}
+        return {"model_type": "planish", "class": type(model).__name__, "dtype": str(_dtype(model))[6:]}
     made: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
     for stale in ("quantization_config", "_pre_quantization_dtype", "_name_or_path"):
         made.pop(stale, None)
@@ -139,6 +146,56 @@ def _float_tensors(model: nn.Module, layers: dict[str, QLinear]) -> dict[str, Te
         seen.add(key)
         made[name] = tensor
     return made
+
+
+def _narrowed(name: str, tensor: Tensor, kept: torch.dtype | None) -> Tensor:
+    """Return a float32 matrix in half precision, refused where that would change it; anything else as it is."""
+    if kept is None or tensor.ndim < 2 or tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.to(kept)
+    if not torch.equal(half.float(), tensor):
+        raise layouts.lossy(name, str(kept)[6:], "not all its values are; round_kept makes them so")
+    return half
+
+
+@torch.no_grad()
+def round_kept(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the float32 matrices outside quantized layers to values of half precision, in place; they stay float32.
+
+    For models whose source was no finer (a GGUF file): `save(..., kept=dtype)` then writes them at half the size, and
+    what is judged in memory is what will be read from disk.
+
+    Args:
+        model: A quantized model.
+        dtype: torch.float16 or torch.bfloat16.
+
+    Raises:
+        ValueError: `dtype` is neither, or a value is too large for it; the sentence names the tensor.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 2)
+        >>> _ = torch.nn.init.constant_(model.weight, 0.1)
+        >>> round_kept(model, torch.float16)
+        >>> model.weight.dtype, bool(model.weight[0] == torch.tensor(0.1).half())
+        (torch.float32, True)
+    """
+    if dtype not in HALF:
+        raise bad("round_kept", "dtype", "torch.float16 or torch.bfloat16", dtype)
+    made = [(n, p, p.to(dtype).float()) for n, p in model.named_parameters() if p.ndim > 1 and p.dtype == torch.float32]
+    for name, _, rounded in made:
+        if not torch.isfinite(rounded).all():
+            raise bad("round_kept", "model", f"one whose values fit {str(dtype)[6:]}", f"larger ones in `{name}`")
+    for _, parameter, rounded in made:
+        parameter.data = rounded
+
+
+def _widened(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Let a model that its config calls float32 be that, in place; on disk some of it may have been narrower."""
+    if config.get("dtype", config.get("torch_dtype")) == "float32":
+        for parameter in model.parameters():
+            if parameter.dtype in HALF:
+                parameter.data = parameter.data.float()
+    return model
 
 
 def _routers(model: nn.Module) -> list[str]:
@@ -203,9 +260,11 @@ def load(path: str | Path, *, into: nn.Module | None = None, device: torch.devic
     checkpoint = directory.read(Path(path))
     if into is not None:
         fitting.fill(into, checkpoint)
+        _widened(into, checkpoint.config)
         return into if device is None else into.to(device)
     model = skeleton(checkpoint)
     checkpoint = fitting.fill(model, checkpoint)
+    _widened(model, checkpoint.config)
     if (Path(path) / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         transformers = require("transformers", "transformers", "load")
         with _foreign("generation_config.json"):

@@ -17,6 +17,7 @@ import torch
 import planish
 from planish._support import bad
 from planish.quant import METHODS, sources, texts
+from planish.quant.checkpoint import round_kept
 from planish.quant.evaluation import Evaluation, Progress, compare
 from planish.quant.generation import PROMPTS, complete
 from planish.quant.page import write_report
@@ -77,7 +78,7 @@ def demo(out: Path, *, say: Callable[[str], None], progress: Progress) -> Demo:
     say("opening the embedded model (expanding it the first time takes about a minute)")
     source = sources.resolve("default")
     tokenizer, base = sources.open_tokenizer(source), sources.open_model(source)
-    size = sources.auto_group_size(base)
+    size, kept = sources.auto_group_size(base), sources.kept_dtype(source)
     read, judged = texts.reference_text(), texts.library_text()
     fitted, _ = texts.pick(texts.cut(tokenizer, read, length=LENGTH), CALIBRATION_TOKENS)
     held, _ = texts.pick(texts.cut(tokenizer, judged, length=LENGTH), EVALUATION_TOKENS)
@@ -92,7 +93,11 @@ def demo(out: Path, *, say: Callable[[str], None], progress: Progress) -> Demo:
         seen = fitted if name == OURS else fitted[:1]  # rounding to nearest looks at no data
         reports[name] = planish.quantize(model, [{"input_ids": w} for w in seen], method, progress=step)
         runs[name] = Run(time.perf_counter() - began, peak_bytes(resettable))
+        if kept is not None:
+            round_kept(model, kept)  # before it is judged: what is stored is what was measured
         models[name] = model
+    if kept is not None:
+        say(f"storing {sources.KEPT}")
     say(f"judging on {texts.count(held):,} tokens of {judged.name}, none of it seen before")
     evaluations = compare(base, models, [{"input_ids": w} for w in held], progress=progress)
     samples = []
@@ -101,9 +106,10 @@ def demo(out: Path, *, say: Callable[[str], None], progress: Progress) -> Demo:
         samples.append({"prompt": prompt, "texts": said})
         progress("generate", done, len(PROMPTS))
     discard(out)
-    planish.save(models[OURS], out, tokenizer=tokenizer, report=reports[OURS])
+    planish.save(models[OURS], out, tokenizer=tokenizer, report=reports[OURS], kept=kept)
     report = {
         **reports[OURS].to_json(),
+        **sources.stored(out, kept),
         "model": source.name.rpartition("-")[0],
         "planish": planish.__version__,
         "subject": OURS,

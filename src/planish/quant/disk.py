@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish._support import CheckpointError, bad, require
+from planish._support import CheckpointError, bad, release_memory, require
 from planish.quant import files
-from planish.quant.checkpoint import save
+from planish.quant.checkpoint import round_kept, save
 from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
 from planish.quant.report import Report
@@ -97,6 +97,7 @@ class SafetensorsWeights:
             for last, buffer in part._buffers.items():
                 if buffer is not None and last not in part._non_persistent_buffers_set:
                     part._buffers[last] = buffer.to("meta")
+        release_memory()
 
     def _set(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """Put a parameter into a module, and wherever else it is tied to."""
@@ -181,6 +182,7 @@ def assemble(
     layout: str = "auto",
     tokenizer: Any | None = None,  # noqa: ANN401  (any transformers tokenizer or processor)
     report: Report | None = None,
+    kept: torch.dtype | None = None,
 ) -> str:
     """Write the checkpoint of a model whose finished blocks lie in a journal; the model can be run afterwards.
 
@@ -193,6 +195,7 @@ def assemble(
         layout: See `planish.quant.save`.
         tokenizer: See `planish.quant.save`.
         report: See `planish.quant.save`.
+        kept: See `planish.quant.save`; values are rounded to it first, in the model too.
 
     Returns:
         The layout that was written.
@@ -213,7 +216,9 @@ def assemble(
         ('planish', True)
     """
     journal.attach(model)
-    return save(model, path, layout=layout, tokenizer=tokenizer, report=report)
+    if kept is not None:
+        round_kept(model, kept)
+    return save(model, path, layout=layout, tokenizer=tokenizer, report=report, kept=kept)
 
 
 def _slots(model: nn.Module) -> dict[str, Tensor]:

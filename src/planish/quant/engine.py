@@ -7,10 +7,10 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from planish.quant.formats import Affine, Format
 from planish.quant.layers import QLinear
 from planish.quant.moments import measure
 from planish.quant.precision import Dense, restore, round_off
+from planish.quant.record import Record
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
 from planish.quant.sites import Site, find_sites, is_linear, rebind, set_weight, stays_float, weight_of
-from planish.quant.stream import Block, Stream, Weights, tensors_in
+from planish.quant.snapshot import Snapshot, own
+from planish.quant.stream import Block, Stream, Weights, find_stacks, tensors_in
 from planish.quant.transforms import Transform
 
 logger = logging.getLogger("planish")
@@ -96,41 +98,6 @@ class Method:
         return f"{self.name}({', '.join(parts)})"
 
 
-@runtime_checkable
-class Record(Protocol):
-    """Where finished blocks and decisions are kept, so that an interrupted run goes on and ends with the same bytes.
-
-    `planish.quant.Journal` is one: a directory.
-    """
-
-    def opened(self, walk: "Walk", method: Method) -> AbstractContextManager[None]:
-        """Hold the record for one run, and refuse what an earlier run of something else left in it."""
-
-    def restore(self, index: int, block: Block) -> BlockReport | None:
-        """Put a finished block's layers in place (see `place`) and return its report; None if it is not finished.
-
-        The block comes in float: what it makes of its inputs goes into the report's `clean` first.
-        """
-
-    def store(self, index: int, block: Block, entry: BlockReport) -> None:
-        """Keep a finished block."""
-
-    def recall(self, key: str) -> Any | None:  # noqa: ANN401  (JSON)
-        """Return what was remembered under a key, or None."""
-
-    def remember(self, key: str, value: Any) -> None:  # noqa: ANN401
-        """Keep a decision (JSON-able) under a key."""
-
-    def pause(self, key: str, index: int, states: Mapping[int, list[Tensor]]) -> None:
-        """Keep where a search stands: the hidden states of its candidates after block `index`."""
-
-    def resume(self, key: str) -> tuple[int, dict[int, list[Tensor]]] | None:
-        """Return what was last paused under a key, or None."""
-
-    def drop(self, key: str) -> None:
-        """Forget what was paused under a key: it is decided."""
-
-
 class Walk:
     """A model, its batches and what is known of its blocks: what `quantize` and the searches walk over.
 
@@ -156,13 +123,14 @@ class Walk:
         device: torch.device | str | None = None,
         weights: Weights | None = None,
         progress: Callable[[str, int, int], None] | None = None,
-        journal: "Record | None" = None,
+        journal: Record | None = None,
     ) -> None:
         if any(isinstance(m, QLinear) for m in model.modules()):
             raise bad("quantize", "model", "a float model", "one that holds QLinear layers already")
         self.model, self.skip = model, tuple(skip)
         unfuse(model)  # experts kept as one tensor become linears; the function stays the same
         self.stream = Stream(model, batches, device=device, weights=weights)
+        self.blocks = sum(len(names) for names, _ in find_stacks(model))
         self.journal = journal
         self.progress = progress or (lambda stage, done, total: None)
         self.known: dict[Any, list[Site]] = {}
@@ -179,6 +147,14 @@ class Walk:
         part = copy.copy(self)
         part.stream = Stream(self.model, chosen, device=self.stream.device, weights=self.stream.weights)
         return part
+
+    def streams(self) -> list[Stream]:
+        """Return a stream for every stack of blocks: for an encoder-decoder two, to be walked one after the other."""
+        whole, many = self.stream, len(find_stacks(self.model))
+        if many == 1:
+            return [whole]
+        return [Stream(self.model, whole.batches, device=whole.device, weights=whole.weights, stack=i)
+                for i in range(many)]  # fmt: skip
 
     def skipped(self, block: str) -> Callable[[str], bool]:
         """Return the test of names in a block: True for layers that stay in float."""
@@ -217,8 +193,8 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
             folded[site.kind] = fold.apply(block, transform, site, online=method.online)
     if getattr(method.round, "sees_clean", False):
         block.twin = Block(
-            block.name, copy.deepcopy(block.module), block.clean or block.inputs, block.context, block.keep,
-            block.first, block.device,
+            block.name, copy.deepcopy(block.module), block.clean or block.inputs, block.clean_context or block.context,
+            block.keep, block.first, block.device,
         )  # fmt: skip
     for site in sites:  # 2. round: lossy
         step = Nearest() if site.unseen else method.round
@@ -239,7 +215,8 @@ def place(block: Block, layers: dict[str, nn.Module]) -> None:
         block.finished[name] = layer
         stand_in: nn.Module = layer
         if isinstance(layer, QLinear) and layer.act is None:
-            stand_in = layer.dequantize()
+            dtype = weight_of(block.module.get_submodule(name)).dtype
+            stand_in = layer.dequantize(dtype).to(dtype)  # scales may be wider than the block
             stand_in.__class__ = Dense
         block.module.set_submodule(name, stand_in)
 
@@ -279,10 +256,13 @@ def quantize(
 ) -> Report:
     """Quantize a model's linear layers in place, block by block, and say what was done.
 
+    An exception on the way leaves the model as it was (experts kept as one tensor come apart into linears even so);
+    therefore a model in memory keeps its float weights until the last block is done.
+
     Args:
         model: Any module; its blocks are found. Layers outside the blocks, and those that `skip` names, stay in float.
         batches: Calibration data: any iterable of what the model takes (tensors, tuples, or dicts such as
-            `{"input_ids": ...}`). 16,000 tokens or more; fewer overfit.
+            `{"input_ids": ...}`). Ours are measured with 8,192 tokens; fewer overfit more.
         method: What to do; default `planish.quant.best()`.
         skip: Layers to leave in float: full names, last parts of names, or shell patterns. Default the output head.
         device: Where blocks are processed, one at a time; default where the model is.
@@ -319,15 +299,44 @@ def quantize(
 
 def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
     """Plan, then process block after block; those that the journal holds are put in place instead."""
-    model, stream, journal = walk.model, walk.stream, walk.journal
+    model = walk.model
     method = method.plan(walk, method)
     report = Report.start(model, method)
-    clean = hidden = stream.start()  # what enters a block in the float model, and in the quantized one
+    with Snapshot(model) as before:
+        done: list[tuple[Stream, list[Tensor], list[Tensor]]] = []
+        for stream in walk.streams():
+            done.append((stream, *_process_blocks(walk, stream, done, method, report, before)))
+            if stream.whole:
+                break
+    report.finish(model, seconds=time.perf_counter() - began)
+    return report
+
+
+def _process_blocks(
+    walk: Walk,
+    stream: Stream,
+    done: list[tuple[Stream, list[Tensor], list[Tensor]]],
+    method: Method,
+    report: Report,
+    before: Snapshot,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Process block after block in place, or take them from the journal; return what leaves the last, float first.
+
+    `done` holds the stacks before this one with what left them in the float and in the quantized model.
+    """
+    journal, first = walk.journal, len(report.blocks)
+    clean = hidden = stream.start([(s, c) for s, c, _ in done])  # enters a block in the float and the quantized model
+    contexts = stream.contexts
+    if done:
+        hidden = stream.start([(s, h) for s, _, h in done])
     for index in range(len(stream.modules)):
         block = stream.block(index, clean)
+        block.context = contexts[index]
+        if stream.weights is None:
+            own(block.module)
         check_layers(block, walk.skipped(block.name), method)
         sites = walk.sites(block)  # of a restored block too: later ones reuse what the first of a shape showed
-        entry = kept = journal.restore(index, block) if journal else None
+        entry = kept = journal.restore(first + index, block) if journal else None
         if entry is None:
             clean = measure(block, sites)
             entry = BlockReport.of(block, sites)
@@ -336,25 +345,27 @@ def _walk_blocks(walk: Walk, method: Method, began: float) -> Report:
                     f"quantize, block {block.name}: no token was sent to {', '.join(entry.unseen)}; what nothing is "
                     "known of is rounded to nearest. More batches may reach them."
                 )
-            block.clean = block.inputs
-            block.inputs = hidden if method.feed == "quantized" else block.inputs
+            block.clean, block.clean_context = block.inputs, block.context
+            if method.feed == "quantized":
+                block.inputs, block.context = hidden, stream.contexts[index]
             entry.folded = process(block, sites, method)
             round_off(block.module, block.stored, but=frozenset(block.finished))
         else:
             clean = entry.clean
         del sites  # they hold the block's float layers
+        block.context = stream.contexts[index]
         hidden = list(block.run(hidden))
         entry.finish(block, clean, hidden)
         settle(block)
+        before.release(walk.model)
         restore(block.module, block.stored)
         if journal:
             if kept is None:
-                journal.store(index, block, entry)
+                journal.store(first + index, block, entry)
             stream.release(index)  # without a journal the quantized layers are nowhere else
         report.add(entry)
-        walk.progress("quantize", index + 1, len(stream.modules))
-    report.finish(model, seconds=time.perf_counter() - began)
-    return report
+        walk.progress("quantize", first + index + 1, walk.blocks)
+    return clean, hidden
 
 
 def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -> None:

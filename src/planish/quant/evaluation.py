@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from planish._support import bad
-from planish.metrics import ReliabilityCurve
+from planish.metrics import CalibrationAssessment
 from planish.quant.intervals import Estimate
 from planish.quant.report import model_bytes
 from planish.quant.scores import Tally, predicts_next, rows
@@ -41,7 +41,7 @@ class Evaluation:
         kl: Mean divergence KL(base || model), nats a token.
         agreement: Share of tokens for which base and model find the same one most probable.
         smooth_ece: Calibration error of the confidence in the most probable token.
-        reliability: The curve behind it.
+        calibration: The same with its curve, its interval (resampled by window) and what a calibrated model would show.
         relative_error: Squared change of the outputs relative to the base's, where there are no probabilities.
         cosine: Mean cosine between outputs of base and model, where there are no probabilities.
 
@@ -61,7 +61,7 @@ class Evaluation:
     kl: Estimate | None = None
     agreement: Estimate | None = None
     smooth_ece: float | None = None
-    reliability: ReliabilityCurve | None = field(default=None, repr=False, compare=False)
+    calibration: CalibrationAssessment | None = field(default=None, repr=False, compare=False)
     relative_error: Estimate | None = None
     cosine: Estimate | None = None
 
@@ -75,9 +75,8 @@ class Evaluation:
         out: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, ReliabilityCurve):
-                columns = (value.prob_pred.tolist(), value.prob_true.tolist(), value.density.tolist())
-                value = [[_or_none(part) for part in row] for row in zip(*columns, strict=True)]
+            if isinstance(value, CalibrationAssessment):
+                value = _calibration(value)
             out[item.name] = value.to_json() if isinstance(value, Estimate) else value
         return {**out, "lossless": self.lossless}
 
@@ -95,7 +94,8 @@ class Evaluation:
         if self.agreement:
             lines.append(f"top-1 agreement    {_show(self.agreement, '.3f')}")
         if self.smooth_ece is not None:
-            lines.append(f"smooth ECE         {self.smooth_ece:.4f}")
+            shown = str(self.calibration).removeprefix("smECE ") if self.calibration else f"{self.smooth_ece:.4f}"
+            lines.append(f"smooth ECE         {shown}")
         if self.relative_error:
             lines.append(f"relative error     {_show(self.relative_error, '.3g')}")
         if self.cosine:
@@ -108,6 +108,18 @@ class Evaluation:
 def _show(estimate: Estimate, form: str) -> str:
     interval = f" [{estimate.low:{form}}, {estimate.high:{form}}]" if math.isfinite(estimate.low) else ""
     return f"{estimate.value:{form}}{interval}"
+
+
+def _calibration(found: CalibrationAssessment) -> dict[str, Any]:
+    """Return an assessment as JSON-able values; the curve by rows: predicted, true, density, band, null band."""
+    curve, bands = found.curve, [*(found.band or ()), *(found.null_band or ())]
+    columns = [curve.prob_pred, curve.prob_true, curve.density, *bands]
+    return {
+        "floor": _or_none(found.floor),
+        "p_value": _or_none(found.p_value),
+        "excess": [_or_none(value) for value in (found.excess, found.low, found.high)],
+        "curve": [[_or_none(float(part)) for part in row] for row in zip(*columns, strict=True)],
+    }
 
 
 def _or_none(value: float) -> float | None:

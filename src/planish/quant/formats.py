@@ -136,13 +136,7 @@ class Affine(Format):
         """Return how many groups a row of `channels` has, or raise ValueError where they do not divide."""
         size = self.group_size or channels
         if channels % size and not self.ragged:
-            whole, rest = divmod(channels, size)
-            fits = [g for g in (128, 64, 32, 16) if g < size and channels % g == 0]
-            hint = f"use group_size={fits[0]}, None, or ragged=True" if fits else "use group_size=None or ragged=True"
-            raise ValueError(
-                f"Affine: {channels} channels cannot be split in groups of {size} "
-                f"({channels} = {whole} x {size} + {rest}); {hint}."
-            )
+            raise _no_division("Affine", channels, size, ", None, or ragged=True", "None or ragged=True")
         return -(-channels // size)
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, int]:
@@ -245,11 +239,19 @@ class FP4(Format):
         if not _is_size(self.group_size):
             raise bad("FP4", "group_size", "a positive integer", self.group_size)
 
+    def _grouped(self, x: Tensor) -> Tensor:
+        """View as (*rows, G, group)."""
+        if x.shape[-1] % self.group_size:
+            other = f"a divisor of {x.shape[-1]}"
+            raise _no_division("FP4", x.shape[-1], self.group_size, f" or {other}", other)
+        grouped: Tensor = x.unflatten(-1, (-1, self.group_size))
+        return grouped
+
     def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
         """Round to the grid; see `Format.encode`."""
         work = _working(x).float()
         _check_finite(work)
-        grouped, channels = Affine(4, self.group_size)._grouped(work)
+        grouped = self._grouped(work)
         top = grouped.abs().amax(-1) if limits is None else torch.maximum(limits[0].abs(), limits[1].abs()).float()
         scale = top / 6.0
         most = scale.amax() if scale.numel() else scale.new_zeros(())
@@ -260,14 +262,13 @@ class FP4(Format):
         ratio = grouped / scale[..., None]
         magnitude = torch.bucketize(ratio.abs(), (values[1:] + values[:-1]) / 2)
         sign = torch.where((ratio < 0) & (magnitude > 0), 8, 0)
-        codes = (magnitude + sign).to(torch.uint8).flatten(-2)[..., :channels]
+        codes = (magnitude + sign).to(torch.uint8).flatten(-2)
         return QTensor(codes=codes, scale=scale, zero=None, format=self)
 
     def decode(self, q: QTensor) -> Float[Tensor, "*rows channels"]:
         """Return the values of the codes; see `Format.decode`."""
         values = torch.tensor([*_FP4_VALUES, *(-v for v in _FP4_VALUES)], device=q.codes.device)
-        grouped, channels = Affine(4, self.group_size)._grouped(values[q.codes.long()])
-        return (grouped * q.scale[..., None]).flatten(-2)[..., :channels]
+        return (self._grouped(values[q.codes.long()]) * q.scale[..., None]).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -334,6 +335,17 @@ def _working(x: Tensor) -> Tensor:
     if not x.ndim or not x.shape[-1]:
         raise bad("Format.encode", "x", "a tensor with at least one channel", tuple(x.shape))
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _no_division(where: str, channels: int, size: int, beside: str, alone: str) -> ValueError:
+    """Build the ValueError of channels that do not divide, with sizes that would do."""
+    whole, rest = divmod(channels, size)
+    fits = [g for g in (128, 64, 32, 16) if g < size and channels % g == 0]
+    hint = f"{fits[0]}{beside}" if fits else alone
+    return ValueError(
+        f"{where}: {channels} channels cannot be split in groups of {size} "
+        f"({channels} = {whole} x {size} + {rest}); use group_size={hint}."
+    )
 
 
 def _is_size(value: object) -> bool:

@@ -105,8 +105,8 @@ def run(job: Job, *, say: Callable[[str], None], progress: Progress) -> Done:
     if size is None:
         size = sources.auto_group_size(model)
         say(f"groups of {size}: the largest of 128, 64 and 32 that divides every layer")
-    kept = "bfloat16" if getattr(model, "dtype", None) == torch.bfloat16 else "float16"  # stock readers cast scales
-    method = METHODS[job.method](bits=job.bits, group_size=size, scale_dtype=kept)
+    scales = "bfloat16" if getattr(model, "dtype", None) == torch.bfloat16 else "float16"  # stock readers cast scales
+    method = METHODS[job.method](bits=job.bits, group_size=size, scale_dtype=scales)
     length = min(job.window, getattr(model.config, "max_position_embeddings", None) or job.window)
     fitted, held, data = _texts(job, tokenizer, length, say)
     journal = Journal(job.out.with_name(job.out.name + ".journal"), fresh=job.fresh)
@@ -114,11 +114,15 @@ def run(job: Job, *, say: Callable[[str], None], progress: Progress) -> Done:
     report = planish.quantize(
         model, batches, method, device=job.device, weights=weights, journal=journal, progress=progress
     )
-    layout = assemble(journal, model, job.out, layout=job.layout, tokenizer=tokenizer, report=report)
+    kept = sources.kept_dtype(job.source)
+    if kept is not None:
+        say(f"storing {sources.KEPT}")
+    layout = assemble(journal, model, job.out, layout=job.layout, tokenizer=tokenizer, report=report, kept=kept)
     del model, weights
     shutil.rmtree(journal.path)
     whole: dict[str, Any] = {
         **report.to_json(),
+        **sources.stored(job.out, kept),
         "model": job.name,
         "planish": planish.__version__,
         "subject": job.method,

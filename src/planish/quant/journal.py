@@ -70,7 +70,7 @@ class Journal:
             CheckpointError: It cannot be written.
         """
         with self._locked():
-            now = {"format_version": FORMAT_VERSION, "blocks": len(walk.stream.names), **fingerprint(walk, method)}
+            now = {"format_version": FORMAT_VERSION, "blocks": walk.blocks, **fingerprint(walk, method)}
             if self.fresh or not (self.path / _HEADER).exists():
                 self._clear()
                 self._write_json(_HEADER, now)

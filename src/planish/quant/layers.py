@@ -175,9 +175,10 @@ class QLinear(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def dequantize(self) -> nn.Linear:
-        """Return the `nn.Linear` that this layer equals when `act` is None: the oracle of its tests."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """Return the `nn.Linear` that this layer equals when `act` is None, in `dtype` at the least."""
         weight = self.weight.decode()
+        weight = weight.to(torch.promote_types(weight.dtype, dtype))
         if self.down is not None and self.up is not None:
             weight = weight + self.up.to(weight.dtype) @ self.down.to(weight.dtype)
         bias = None if self.bias is None else self.bias.to(weight.dtype)

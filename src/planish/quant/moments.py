@@ -142,17 +142,7 @@ def gram(block: Block, site: "Site") -> Float[Tensor, "channels channels"]:
     Raises:
         RuntimeError: No token enters the site.
     """
-    total: list[Tensor] = []
-    count = 0
-    for x in entering(block, site):
-        if not total:
-            total.append(x.new_zeros(x.shape[-1], x.shape[-1]))
-        if len(x):
-            total[0] += _outer(x, x)
-        count += len(x)
-    if not count:
-        raise RuntimeError(f"site {site.kind}: no token enters it")
-    return total[0] / count
+    return _mean_outer(site, entering(block, site))[0]
 
 
 def cross_gram(
@@ -163,14 +153,26 @@ def cross_gram(
     Raises:
         RuntimeError: No token enters the site, or not the same tokens in both.
     """
-    own, mixed, count = torch.zeros(()), torch.zeros(()), 0
-    for x, c in zip(entering(block, site), entering(clean, clean_site), strict=True):
-        if x.shape != c.shape:
+    own, mixed = _mean_outer(site, entering(block, site), entering(clean, clean_site))
+    return own, mixed
+
+
+def _mean_outer(site: "Site", *streams: Iterator[Float[Tensor, "tokens channels"]]) -> list[Tensor]:
+    """Return the means of a x' over all tokens, for every stream a; x is the first of them."""
+    totals: list[Tensor] = []
+    count = 0
+    for parts in zip(*streams, strict=True):
+        x = parts[0]
+        if any(part.shape != x.shape for part in parts):
             raise RuntimeError(f"site {site.kind}: other tokens enter it than in the float model")
-        own, mixed, count = own + _outer(x, x), mixed + _outer(c, x), count + len(x)
+        totals = totals or [x.new_zeros(x.shape[-1], x.shape[-1]) for _ in parts]
+        for total, part in zip(totals, parts, strict=True):
+            if len(x):
+                total.add_(_outer(part, x))
+        count += len(x)
     if not count:
         raise RuntimeError(f"site {site.kind}: no token enters it")
-    return own / count, mixed / count
+    return [total / count for total in totals]
 
 
 def _outer(a: Float[Tensor, "tokens channels"], b: Float[Tensor, "tokens channels"]) -> Tensor:

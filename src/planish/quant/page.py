@@ -105,7 +105,16 @@ def _figures(report: Json) -> str:
     base, (_, ours) = (report.get("evaluations") or {}).get("base") or {}, _subject(report)
     cards: list[tuple[str, str, str]] = []
     if before and after:
-        cards.append((f"{after / 1e6:,.1f} MB", f"from {before / 1e6:,.1f} MB", f"{before / after:.1f}&times; smaller"))
+        cards.append(
+            (
+                f"{after / 1e6:,.1f} MB",
+                f"in memory, from {before / 1e6:,.1f} MB",
+                f"{before / after:.1f}&times; smaller",
+            )
+        )
+    if stored := report.get("bytes_stored"):
+        told = escape(report.get("stored_as") or "the checkpoint's tensors")
+        cards.append((f"{stored / 1e6:,.1f} MB", "on disk", told))
     if base.get("perplexity") and ours.get("perplexity"):
         old, new = base["perplexity"][0], ours["perplexity"][0]
         if old is not None and new is not None:
@@ -142,7 +151,7 @@ def _evaluation(report: Json) -> str:
             for key, _, form in columns
         )
         if calibrated:
-            cells += "<td>&ndash;</td>" if entry.get("smooth_ece") is None else f"<td>{entry['smooth_ece']:.4f}</td>"
+            cells += _calibration_cell(entry)
         cells += f"<td>{entry['bytes'] / 1e6:,.1f} MB</td><td>{entry['tokens_per_second']:,.0f}</td>"
         marked = ' class="subject"' if name == subject else ""
         rows.append(f"<tr{marked}><th>{escape('float' if base else name)}</th>{cells}</tr>")
@@ -177,6 +186,15 @@ def _cell(estimate: Sequence[float | None] | None, form: str) -> str:
     return f"<td>{value:{form}}{interval}</td>"
 
 
+def _calibration_cell(entry: Json) -> str:
+    if entry.get("smooth_ece") is None:
+        return "<td>&ndash;</td>"
+    found: Json = entry.get("calibration") or {}
+    known = found.get("floor") is not None
+    floor = f"<small>{found['floor']:.4f} if calibrated, p = {found['p_value']:.2g}</small>" if known else ""
+    return f"<td>{entry['smooth_ece']:.4f}{floor}</td>"
+
+
 def _blocks(report: Json) -> str:
     blocks = report.get("blocks") or []
     points = [(float(i), b["error"]) for i, b in enumerate(blocks) if b.get("error") is not None]
@@ -192,18 +210,28 @@ def _blocks(report: Json) -> str:
 def _reliability(report: Json) -> str:
     subject, _ = _subject(report)
     evaluations: Json = report.get("evaluations") or {}
-    series = [Series("", [(0.0, 0.0), (1.0, 1.0)], "faint")]
+    series: list[Series] = []
+    grey: list[tuple[float, float, float]] = []
     for name, kind in (("base", "base"), (subject, "ours")):
-        curve = (evaluations.get(name) or {}).get("reliability")
-        if curve:
-            seen = [(x, y) for x, y, density in curve if y is not None and density > 0.02]
+        found = (evaluations.get(name) or {}).get("calibration")
+        if found:
+            rows = [row for row in found["curve"] if None not in row and row[2] > 0.02]
             error = evaluations[name]["smooth_ece"]
-            series.append(Series(f"{'float' if name == 'base' else name} (smooth ECE {error:.4f})", seen, kind))
-    if len(series) == 1:
+            label = f"{'float' if name == 'base' else name} (smooth ECE {error:.4f})"
+            grey = [(x, low, high) for x, *_, low, high in rows]
+            band = [(x, low, high) for x, _, _, low, high, *_ in rows]
+            series.append(Series(label, [(row[0], row[1]) for row in rows], kind, band=band))
+    if not series:
         return ""
     axes = (Axis("confidence in the most probable token", 0, 1), Axis("how often it was right", 0, 1))
-    told = "On the diagonal, the model is right as often as it believes to be."
-    return _section("Does it know what it knows?", chart("Reliability diagram", *axes, series) + f"<p>{told}</p>")
+    diagonal = Series("", [(0.0, 0.0), (1.0, 1.0)], "faint", band=grey)
+    told = (
+        "On the diagonal, the model is right as often as it believes to be. Bands in colour: the curve's interval; "
+        f"in grey: where the curve of {'the quantized' if subject in evaluations else 'the'} model would lie, "
+        "were it calibrated."
+    )
+    drawn = chart("Reliability diagram", *axes, [diagonal, *series])
+    return _section("Does it know what it knows?", f"{drawn}<p>{told}</p>")
 
 
 def _search(report: Json) -> str:

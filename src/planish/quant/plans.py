@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from planish._support import bad
+from planish.quant.candidates import OBJECTIVES, Choice, compare
 from planish.quant.engine import Method, Walk, no_transform
 from planish.quant.local import SiteError
 from planish.quant.moments import measure
 from planish.quant.rounding import Nearest
-from planish.quant.search import OBJECTIVES, Choice, compare
 
 GRANULARITIES = ("model", "kind", "layer")
 
@@ -21,17 +21,20 @@ class SearchAlpha:
     """Search the strength of smoothing on the loss of the whole model, from coarse to fine.
 
     One alpha for the model comes from the full grid. "kind" then gives each kind of layer (queries with keys and
-    values, outputs, ...) its own, one kind after another. "layer" proposes an alpha for every single site by the error
-    of the module around it, and takes the proposals, kind by kind, where the whole model gains. Meanwhile weights are
-    rounded to nearest; another rounding step is taken at the end if it lowers the loss.
+    values, outputs, ...) its own where the whole model gains. "layer" proposes an alpha for every single site by the
+    error of the module around it, and takes the proposals, kind by kind, where the whole model gains. Meanwhile
+    weights are rounded to nearest; at the end the method's own rounding step, or one of `rounds`, is taken if it
+    lowers the loss.
 
     Args:
         granularity: "model" (the paper, default), "kind" or "layer".
-        objective: See `planish.quant.search`.
+        objective: See `planish.quant.search`. None stands for "kl" where the model has an output head, else
+            "hidden_mse". Default "hidden_mse".
         steps: Points of the grid over [0, 1]; default 21, as published.
         drop: Give up an alpha whose error in some block is this many times the least; None follows all to the end, as
             published.
         tokens: How many of the calibration tokens the search runs on, at the least; default 4096.
+        rounds: Rounding steps to choose from at the end, beside the method's own.
 
     Raises:
         ValueError: An argument is out of range.
@@ -42,17 +45,18 @@ class SearchAlpha:
     """
 
     granularity: str = "model"
-    objective: str = "hidden_mse"
+    objective: str | None = "hidden_mse"
     steps: int = 21
     drop: float | None = None
     tokens: int = 4096
+    rounds: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         if self.granularity not in GRANULARITIES:
             raise bad("SearchAlpha", "granularity", f"one of {', '.join(GRANULARITIES)}", self.granularity)
-        if self.objective not in OBJECTIVES:
-            raise bad("SearchAlpha", "objective", f"one of {', '.join(OBJECTIVES)}", self.objective)
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise bad("SearchAlpha", "objective", f"None or one of {', '.join(OBJECTIVES)}", self.objective)
         if self.steps < 2:
             raise bad("SearchAlpha", "steps", "at least 2", self.steps)
         if self.tokens < 1:
@@ -67,6 +71,8 @@ class SearchAlpha:
 
     def __call__(self, walk: Walk, method: Method) -> Method:
         """Return the method with the alphas that were found."""
+        if self.objective is None:
+            return replace(self, objective=_objective(walk))(walk, method)
         smooth: Any = method.transform
         walk = walk.first(self.tokens)
         wanted, method = method, replace(method, round=Nearest())
@@ -81,24 +87,26 @@ class SearchAlpha:
         alpha = None if curve.best == 0 else self.grid[curve.best - 1]
         method, loss = replace(method, transform=replace(smooth, alpha=alpha)), curve.losses[curve.best]
         if self.granularity != "model":
-            for kind in self._kinds(walk):
-                method, loss = self._refine_kind(walk, method, loss, kind)
+            method, loss = self._refine_kinds(walk, method, loss)
             findings["kinds"] = dict(method.transform.exceptions)  # type: ignore[attr-defined]
         if self.granularity == "layer":
             method, loss = self._refine_layers(walk, method, loss)
         return self._rounded(walk, method, wanted, {**findings, "chosen": alpha, "loss": loss})
 
     def _rounded(self, walk: Walk, method: Method, wanted: Method, findings: dict[str, Any]) -> Method:
-        """Bring the wanted rounding step back if the whole model gains by it."""
-        if wanted.round != method.round:
-            fine = replace(method, round=wanted.round)
-            choice = self._compare(walk, [fine], "rounding")
-            if choice.losses[0] < findings["loss"]:
-                method, findings = fine, {**findings, "loss": choice.losses[0]}
+        """Bring the wanted rounding step, or another to choose from, back if the whole model gains by it."""
+        steps = [step for step in (wanted.round, *self.rounds) if step != method.round]
+        if steps:
+            fine = [replace(method, round=step) for step in steps]
+            choice = self._compare(walk, fine, "rounding")
+            findings["rounding"] = {repr(s): x for s, x in zip(steps, choice.losses, strict=True)}
+            if choice.losses[choice.best] < findings["loss"]:
+                method, findings["loss"] = fine[choice.best], choice.losses[choice.best]
         return replace(method, findings=findings)
 
     def _compare(self, walk: Walk, methods: list[Method], stage: str) -> Choice:
-        return compare(walk, methods, objective=self.objective, drop=self.drop, stage=f"search {stage}")
+        objective = self.objective or _objective(walk)
+        return compare(walk, methods, objective=objective, drop=self.drop, stage=f"search {stage}")
 
     @staticmethod
     def _with(method: Method, alpha: float | None = None, exceptions: dict[str, float | None] | None = None) -> Method:
@@ -107,18 +115,29 @@ class SearchAlpha:
             return replace(method, transform=replace(smooth, alpha=alpha))
         return replace(method, transform=replace(smooth, exceptions=tuple(sorted(exceptions.items()))))
 
-    def _refine_kind(self, walk: Walk, method: Method, loss: float, kind: str) -> tuple[Method, float]:
-        """Try other alphas for one kind of site; keep the best on the whole model's loss."""
+    def _refine_kinds(self, walk: Walk, method: Method, loss: float) -> tuple[Method, float]:
+        """Try other alphas for each kind of site, one kind at a time and then those that helped together."""
         now: Any = method.transform
-        current = now.alpha_of(kind, kind)
-        around = [0.25, 0.5, 0.75] if current is None else [current + d for d in (-0.3, -0.15, 0.15, 0.3)]
-        values = [None, *sorted({round(min(max(a, 0.0), 1.0), 6) for a in around} - {current})]
-        if current is None:
-            values = values[1:]
-        tried = [self._with(method, exceptions={**dict(now.exceptions), kind: a}) for a in values]
-        choice = self._compare(walk, tried, f"alpha of {kind}")
-        least = choice.losses[choice.best]
-        return (tried[choice.best], least) if least < loss else (method, loss)
+        tried: dict[str, list[float | None]] = {}
+        for kind in self._kinds(walk):
+            alpha = now.alpha_of(kind, kind)
+            around = [0.25, 0.5] if alpha is None else [alpha + d for d in (-0.2, 0.2)]
+            values = sorted({round(min(max(a, 0.0), 1.0), 6) for a in around} - {alpha})
+            tried[kind] = [*([] if alpha is None else [None]), *values]
+        pairs = [(kind, a) for kind, values in tried.items() for a in values]
+        if not pairs:
+            return method, loss
+        singles = [self._with(method, exceptions={kind: a}) for kind, a in pairs]
+        losses = self._compare(walk, singles, "alpha of kinds").losses
+        candidates = [(method, loss), *zip(singles, losses, strict=True)]
+        least: dict[str, tuple[float, float | None]] = {}
+        for (kind, a), x in zip(pairs, losses, strict=True):
+            if x < min(loss, least.get(kind, (loss,))[0]):
+                least[kind] = (x, a)
+        if len(least) > 1:
+            joint = self._with(method, exceptions={kind: a for kind, (_, a) in least.items()})
+            candidates.append((joint, self._compare(walk, [joint], "alpha of kinds together").losses[0]))
+        return min(candidates, key=lambda pair: pair[1])
 
     def _refine_layers(self, walk: Walk, method: Method, loss: float) -> tuple[Method, float]:
         """Propose an alpha for every site, and take the proposals of those kinds for which the whole model gains."""
@@ -174,15 +193,20 @@ class SearchAlpha:
         return proposals
 
 
+def _objective(walk: Walk) -> str:
+    """Return "kl" for a model with an output head, whose predictions are what counts."""
+    find: Callable[[], Any] | None = getattr(walk.stream.model, "get_output_embeddings", None)
+    return "hidden_mse" if find is None or find() is None else "kl"
+
+
 def _visit(walk: Walk, look: Callable[[Any, Any], None], *, measured: bool) -> None:
     """Show `look` the sites of every block of the float model."""
     stream = walk.stream
     clean = stream.start()
     for index in range(len(stream.modules)):
-        block = stream.block(index, clean)
-        sites = walk.sites(block)
-        clean = measure(block, sites) if measured else list(block.run())
-        look(sites, block)
-        stream.put_back(block, index)
+        with stream.looking(index, clean) as block:
+            sites = walk.sites(block)
+            clean = measure(block, sites) if measured else list(block.run())
+            look(sites, block)
         if measured:
             walk.progress("propose", index + 1, len(stream.modules))

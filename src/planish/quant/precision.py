@@ -60,14 +60,17 @@ def widen(module: nn.Module) -> dict[str, torch.dtype]:
     Returns:
         The precision in which each is stored, by name; `restore` takes it.
     """
-    stored = {}
-    for name, tensor in _tensors(module):
-        stored[name] = tensor.dtype
-        if tensor.dtype in HALF:
-            tensor.data = tensor.data.float()
-    for part in module.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = Dense  # the same parameters, another forward
+    stored = {name: tensor.dtype for name, tensor in _tensors(module)}
+    try:
+        for _, tensor in _tensors(module):
+            if tensor.dtype in HALF:
+                tensor.data = tensor.data.float()
+        for part in module.modules():
+            if type(part) is nn.Linear:
+                part.__class__ = Dense  # the same parameters, another forward
+    except BaseException:  # no memory for it, or somebody is tired of waiting
+        restore(module, stored)
+        raise
     return stored
 
 

@@ -5,6 +5,7 @@ A rounding step sees a whole site, already transformed, and returns its new laye
 Legend: O outputs, C channels, G groups.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from planish._support import bad
 from planish.quant.formats import Affine, Limits, QTensor
 from planish.quant.layers import QLinear
+from planish.quant.moments import gram
 from planish.quant.sites import Site
 
 if TYPE_CHECKING:
@@ -85,12 +87,74 @@ class Clip:
         return layers
 
 
+@dataclass(frozen=True)
+class ClipOutput:
+    """Round to nearest after shrinking each group's range to where its share of the output loses least.
+
+    Args:
+        steps: How many shrink factors are tried; default 20.
+        least: The smallest factor; default 0.5.
+        unclipped: Last parts of the names of layers that keep their range; default none.
+        ends: Then move either end of the range by itself. Default True.
+        independence: How far to trust channels to be independent, in [0, 1]: 0 takes their correlations as measured,
+            1 ignores them. Default 0.5, as correlations are measured worse than squares.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> ClipOutput(steps=10).ends
+        True
+    """
+
+    steps: int = 20
+    least: float = 0.5
+    unclipped: tuple[str, ...] = ()
+    ends: bool = True
+    independence: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.steps < 2:
+            raise bad("ClipOutput", "steps", "at least 2", self.steps)
+        if not 0 < self.least < 1:
+            raise bad("ClipOutput", "least", "a float in (0, 1)", self.least)
+        if not 0 <= self.independence <= 1:
+            raise bad("ClipOutput", "independence", "a float in [0, 1]", self.independence)
+
+    def __call__(self, site: Site, method: "Method") -> dict[str, nn.Module]:
+        """Round the site's weights."""
+        if site.online is not None:
+            raise bad("ClipOutput", "site", "one whose transform was folded", site.name)
+        square = uncorrelated(gram(site.block, site), self.independence)
+        layers: dict[str, nn.Module] = {}
+        for name, weight in site.weights.items():
+            limits = None
+            if name.rpartition(".")[2] not in self.unclipped:
+                limits = best_limits(weight, method.weight, square, self.steps, self.least, ends=self.ends)
+            layers[name] = layer_of(site, name, method.weight.encode(weight, limits=limits), method)
+        return layers
+
+
+def uncorrelated(square: Float[Tensor, "channels channels"], independence: float) -> Float[Tensor, "channels channels"]:
+    """Shrink the correlations of a matrix of second moments: 0 leaves it as it is, 1 leaves its diagonal alone.
+
+    Example:
+        >>> import torch
+        >>> uncorrelated(torch.ones(2, 2), 0.5)[0]
+        tensor([1.0000, 0.5000])
+    """
+    return torch.lerp(square, torch.diag(square.diagonal()), independence)
+
+
 def best_limits(
     weight: Float[Tensor, "out channels"],
     grid: Affine,
     importance: Float[Tensor, "channels"] | Float[Tensor, "channels channels"],
     steps: int = 20,
     least: float = 0.5,
+    *,
+    ends: bool = False,
 ) -> Limits:
     """Return the limits of each group that minimise the error which rounding it causes.
 
@@ -101,6 +165,7 @@ def best_limits(
             of x x', with which the error is that of the group's share of the output.
         steps: How many shrink factors from 1 down to `least` are tried.
         least: The smallest factor.
+        ends: Then move the low and the high end by themselves, twice; on a symmetric grid there is only one to move.
 
     Returns:
         (low, high), each (O, G).
@@ -112,30 +177,52 @@ def best_limits(
         True
     """
     low, high = grid.ranges(weight)
-    channels = weight.shape[1]
+    error_of = _error_by_group(weight, grid, importance)
+    best, best_low, best_high = error_of(low, high), low, high
+
+    def offer(new_low: Tensor, new_high: Tensor) -> None:
+        nonlocal best, best_low, best_high
+        error = error_of(new_low, new_high)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
+
+    for step in range(1, steps):
+        factor = 1 - (1 - least) * step / (steps - 1)
+        offer(low * factor, high * factor)
+    if ends and not grid.symmetric:
+        for _ in range(2):
+            for move_low, move_high in ((1, 0), (0, 1)):
+                now_low, now_high, span = best_low, best_high, best_high - best_low
+                for share in _MOVES:
+                    step_low, step_high = share * move_low * span, share * move_high * span
+                    offer((now_low + step_low).clamp(max=0), (now_high + step_high).clamp(min=0))
+    return best_low, best_high
+
+
+_MOVES = (-0.12, -0.09, -0.06, -0.03, 0.03, 0.06, 0.09, 0.12)
+
+
+def _error_by_group(
+    weight: Float[Tensor, "out channels"], grid: Affine, importance: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that maps limits to each group's error, (O, G)."""
+    low, _ = grid.ranges(weight)
+    channels, groups = weight.shape[1], low.shape[-1]
     size = grid.group_size or channels
-    pad = low.shape[-1] * size - channels
-    groups = low.shape[-1]
+    pad = groups * size - channels
     if importance.ndim == 1:
         weigh = nn.functional.pad(importance.to(low.dtype), (0, pad)).reshape(groups, size)
     else:  # the blocks on the diagonal, one a group
         square = nn.functional.pad(importance.to(low.dtype), (0, pad, 0, pad)).reshape(groups, size, groups, size)
         weigh = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    best_low, best_high = low.clone(), high.clone()
-    best: Tensor | None = None
-    for step in range(steps):
-        factor = 1 - (1 - least) * step / (steps - 1)
-        gap = grid.fake(weight, limits=(low * factor, high * factor)).to(low.dtype) - weight
+
+    def error_of(new_low: Tensor, new_high: Tensor) -> Tensor:
+        gap = grid.fake(weight, limits=(new_low, new_high)).to(low.dtype) - weight
         gap = nn.functional.pad(gap, (0, pad)).reshape(*low.shape, size)
         if weigh.ndim == 2:
-            error = torch.einsum("ogc,gc->og", gap.square(), weigh)
-        else:
-            error = (torch.bmm(gap.transpose(0, 1), weigh) * gap.transpose(0, 1)).sum(-1).T
-        if best is None:
-            best = error
-            continue
-        better = error < best
-        best = torch.where(better, error, best)
-        best_low = torch.where(better, low * factor, best_low)
-        best_high = torch.where(better, high * factor, best_high)
-    return best_low, best_high
+            return torch.einsum("ogc,gc->og", gap.square(), weigh)
+        by_group = gap.transpose(0, 1)
+        return (torch.bmm(by_group, weigh) * by_group).sum(-1).T
+
+    return error_of

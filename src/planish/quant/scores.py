@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from planish.metrics import reliability_curve
+from planish.metrics import assess_calibration
 from planish.quant.intervals import Estimate, Resamples
 from planish.quant.stream import call_model, first_tensor
 
@@ -177,8 +177,9 @@ class Tally:
         if "nll" in sums:
             out["perplexity"] = mean("nll").through(_exp)
             hit, sure = torch.cat(self.hit), torch.cat(self.confidence)
-            curve = reliability_curve(hit.double(), sure, n_points=64)
-            out |= {"smooth_ece": curve.bandwidth, "reliability": curve}
+            window = torch.repeat_interleave(torch.arange(windows), torch.tensor([len(part) for part in self.hit]))
+            found = assess_calibration(hit, sure, groups=window, confidence=confidence, n_points=129)
+            out |= {"smooth_ece": found.ece, "calibration": found}
             if paired:
                 out |= {"difference": mean("lost"), "kl": mean("kl"), "agreement": mean("agree")}
         elif paired:

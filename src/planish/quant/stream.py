@@ -1,13 +1,15 @@
 """Walk a model block by block, holding one block and its inputs at a time.
 
-The blocks are the heaviest `ModuleList` whose elements are of one class; a model without one is a single block. What
+The blocks are the heaviest `ModuleList` whose elements are of one class; a model without one is a single block. An
+encoder-decoder has two such stacks, each walked by a stream of its own: the second while the first answers with what
+left its last block. What
 a block receives beside its hidden states (masks, position embeddings) is found by running the model once with its
 blocks replaced by recorders, so that nothing about any architecture needs to be known.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from planish._support import bad, logger
-from planish.quant.precision import HALF, restore, widen
+from planish.quant.calls import by_name, equal, first_parameter, moved_to, token_mask
+from planish.quant.precision import restore, widen
 
 
 @runtime_checkable
@@ -44,6 +47,7 @@ class Block:
         stored: Precision in which each parameter and buffer is kept; half precision computes in float32 meanwhile.
         finished: Quantized layers whose dense stand-ins are in the block.
         clean: What enters it in the float model, where `inputs` are those of the quantized one.
+        clean_context: The other arguments in the float model: a decoder's hold what its encoder made.
         twin: The block as it was before anything was rounded, with the float model's inputs; None unless a rounding
             step asks what the float model would have seen.
     """
@@ -58,6 +62,7 @@ class Block:
     stored: dict[str, torch.dtype] = field(default_factory=dict)
     finished: dict[str, nn.Module] = field(default_factory=dict)
     clean: list[Any] = field(default_factory=list)
+    clean_context: list[dict[str, Any]] = field(default_factory=list)
     twin: "Block | None" = None
 
     def run(self, inputs: list[Any] | None = None) -> Iterator[Tensor]:
@@ -80,8 +85,10 @@ class Block:
     def call(self, hidden: Any, context: Mapping[str, Any]) -> Tensor:  # noqa: ANN401  (a whole batch for a whole model)
         """Return the block's output for one batch."""
         if self.first is None:
-            return first_tensor(call_model(self.module, _to(hidden, self.device, torch.float32)))
-        return first_tensor(self.module(**{self.first: _to(hidden, self.device)}, **_to(context, self.device)))
+            return first_tensor(call_model(self.module, moved_to(hidden, self.device, torch.float32)))
+        return first_tensor(
+            self.module(**{self.first: moved_to(hidden, self.device)}, **moved_to(context, self.device))
+        )
 
 
 class Stream:
@@ -92,6 +99,7 @@ class Stream:
         batches: What the model takes: tensors, tuples of positional or dicts of keyword arguments.
         device: Where blocks run; default the device of the model's parameters.
         weights: Source of parameters when the model is on the meta device.
+        stack: Which of `find_stacks`' to walk; default the heaviest, whatever else there is being run as it stands.
 
     Raises:
         ValueError: There is no batch, or a batch has no values.
@@ -104,6 +112,7 @@ class Stream:
         *,
         device: torch.device | str | None = None,
         weights: Weights | None = None,
+        stack: int | None = None,
     ) -> None:
         self.model, self.weights = model, weights
         self.batches = list(batches)
@@ -111,11 +120,15 @@ class Stream:
             raise bad("quantize", "batches", "at least one batch of what the model takes", [])
         if not any(t.numel() for t in tensors_in(self.batches)):
             raise bad("quantize", "batches", "batches with at least one token", "only empty tensors")
-        self.names, self.modules = find_blocks(model)
+        stacks = [find_blocks(model)] if stack is None else find_stacks(model)
+        self.names, self.modules = stacks[stack or 0]
+        self.inside = tuple(f"{name}." for names, _ in stacks for name in names)  # read from disk in their turn
+        self.stops = len(stacks) > 1 + (stack or 0)  # what follows is walked by another stream
+        self.before: list[tuple[Stream, list[Tensor]]] = []
         self.whole = self.names == [""]
         params = [p for p in model.parameters() if p.device.type != "meta"]
         self.device = torch.device(device) if device else (params[0].device if params else torch.device("cpu"))
-        self.keep = [_token_mask(batch) for batch in self.batches]
+        self.keep = [token_mask(batch) for batch in self.batches]
         self.contexts: list[list[dict[str, Any]]] = []
         self.first: str | None = None
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
@@ -124,11 +137,16 @@ class Stream:
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # of the batch being recorded: as given, as kept
 
     @torch.no_grad()
-    def start(self) -> list[Any]:
-        """Record what every block is called with and return the hidden states that enter the first."""
+    def start(self, before: "list[tuple[Stream, list[Tensor]]] | None" = None) -> list[Any]:
+        """Record what every block is called with and return the hidden states that enter the first.
+
+        Args:
+            before: Streams of stacks that run before this one, and what leaves their last blocks.
+        """
+        self.before = before or []
         if not self.whole:
             self.load_rest()
-            self.first = _first_parameter(self.modules[0])
+            self.first = first_parameter(self.modules[0])
             self.contexts = [[] for _ in self.modules]
             try:
                 return self._record_all()
@@ -148,8 +166,8 @@ class Stream:
             def record(index: int, bound: dict[str, Any], before: list[Any] = hidden) -> Any:  # noqa: ANN401
                 return self._record(index, bound, before)
 
-            with self._replaced(record):
-                call_model(self.model, _to(batch, self.device))
+            with self._answering(count - 1), self._replaced(record), suppress(_EnoughError):
+                call_model(self.model, moved_to(batch, self.device))
             if any(len(calls) != count for calls in self.contexts):
                 raise _NotAChainError(f"not every one of the blocks {self.names[0]} ... runs")
             self._moved.clear()
@@ -157,24 +175,25 @@ class Stream:
 
     def _record(self, index: int, bound: dict[str, Any], hidden: list[Any]) -> Any:  # noqa: ANN401
         state = bound.pop(self.first or "")
-        if index and not (len(self.contexts[index]) < len(hidden) and _equal(state, self._passed)):
+        if index and not (len(self.contexts[index]) < len(hidden) and equal(state, self._passed)):
             raise _NotAChainError(f"{self.names[index]} is not fed what {self.names[index - 1]} returns")
         if not index and len(hidden) > len(self.contexts[-1]):
             raise _NotAChainError(f"{self.names[index]} runs twice")
         self._passed = state
-        bound = _to(bound, self.device, torch.float32, self._moved)  # all blocks share one mask, kept once
+        bound = moved_to(bound, self.device, torch.float32, self._moved)  # all blocks share one mask, kept once
         if index == 0:
             if not hidden or self._returns_more:  # run a block for real, to learn how blocks wrap their hidden states
                 self._learn_wrapping(state, bound)
-            hidden.append(_to(state, self.device, torch.float32))
+            hidden.append(moved_to(state, self.device, torch.float32))
         self.contexts[index].append(bound)
+        if self.stops and index == len(self.modules) - 1:
+            raise _EnoughError
         return self._wrap(state)
 
     def _learn_wrapping(self, state: Tensor, context: dict[str, Any]) -> None:
-        block = self.block(0, [state])
-        hidden = _to(state, self.device, torch.float32)
-        output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
-        self.put_back(block, 0)
+        with self.looking(0, [state]) as block:
+            hidden = moved_to(state, self.device, torch.float32)
+            output = type(block.module).forward(block.module, **{self.first or "": hidden}, **context)
         if isinstance(output, tuple):
             rest = output[1:]
             self._wrap = lambda hidden: (hidden, *rest)
@@ -186,9 +205,8 @@ class Stream:
         """Materialize what is not in a block (embeddings, final norm, head): it stays for the whole walk."""
         if self.weights is None:
             return
-        inside = tuple(name + "." for name in self.names)
         for name, module in self.model.named_modules():
-            if name not in self.names and not (name + ".").startswith(inside):
+            if not (name + ".").startswith(self.inside):
                 for _, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                     if tensor.device.type == "meta":
                         self.weights.load(module, name, recurse=False)
@@ -202,7 +220,7 @@ class Stream:
                 signature = inspect.signature(type(module).forward)
 
                 def forward(*args: Any, _i: int = index, _s: inspect.Signature = signature, **kwargs: Any) -> Any:  # noqa: ANN401
-                    return stand_in(_i, _by_name(_s, args, kwargs))
+                    return stand_in(_i, by_name(_s, args, kwargs))
 
                 module.__dict__["forward"] = forward
             yield
@@ -219,10 +237,15 @@ class Stream:
         block.stored = widen(module)
         return block
 
-    def put_back(self, block: Block, index: int) -> None:
-        """Give back a block that was only looked at."""
-        restore(block.module, block.stored)
-        self.release(index)
+    @contextmanager
+    def looking(self, index: int, inputs: list[Any]) -> Iterator[Block]:
+        """Lend block `index`, which is only looked at; it is given back whatever happens meanwhile."""
+        block = self.block(index, inputs)
+        try:
+            yield block
+        finally:
+            restore(block.module, block.stored)
+            self.release(index)
 
     def release(self, index: int) -> None:
         """Let go of a block's weights, once they are written, when they came from disk."""
@@ -232,30 +255,39 @@ class Stream:
     @torch.no_grad()
     def outputs(self, hidden: list[Tensor], only: int | None = None) -> Iterator[Any]:
         """Yield the model's output for each batch (or for one of them), given what leaves the last block."""
-        last = len(self.modules) - 1
         for number, (batch, state) in enumerate(zip(self.batches, hidden, strict=True)):
             if only is not None and number != only:
                 continue
             if self.whole:
                 yield state
                 continue
+            with self._answering(number), self._replaced(self._answer(state)):
+                yield call_model(self.model, moved_to(batch, self.device))
 
-            def answer(i: int, bound: dict[str, Any], state: Tensor = state) -> Any:  # noqa: ANN401
-                given = bound[self.first or ""]
-                return self._wrap(state.to(given.device, given.dtype) if i == last else given)
+    @contextmanager
+    def _answering(self, number: int) -> Iterator[None]:
+        """Let the stacks before this one answer for batch `number` with what left their last blocks."""
+        with ExitStack() as stack:
+            for stream, hidden in self.before:
+                stack.enter_context(stream._replaced(stream._answer(hidden[number])))
+            yield
 
-            with self._replaced(answer):
-                yield call_model(self.model, _to(batch, self.device))
+    def _answer(self, state: Tensor) -> Callable[[int, dict[str, Any]], Any]:
+        last = len(self.modules) - 1
+
+        def answer(index: int, bound: dict[str, Any]) -> Any:  # noqa: ANN401
+            given = bound[self.first or ""]
+            return self._wrap(state.to(given.device, given.dtype) if index == last else given)
+
+        return answer
+
+
+class _EnoughError(Exception):
+    """Raised by the last recorder of a stack: what follows it is of no interest now."""
 
 
 class _NotAChainError(Exception):
     """Raised while recording, where blocks do not feed one another in order: experts, heads, layers that are shared."""
-
-
-def _equal(a: Any, b: Any) -> bool:  # noqa: ANN401
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
-        return False
-    return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def find_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
@@ -266,17 +298,37 @@ def find_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
         >>> find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))[0]
         ['']
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
+    lists = _lists(model)
+    if not lists:
+        return [""], [model]
+    _, name, blocks = max(lists, key=lambda item: item[0])
+    return [f"{name}.{i}" for i in range(len(blocks))], list(blocks)
+
+
+def find_stacks(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
+    """Return the stacks of blocks to be walked, in order: both of an encoder-decoder, of other models the heaviest.
+
+    Example:
+        >>> import torch
+        >>> find_stacks(torch.nn.Sequential(torch.nn.Linear(2, 2)))[0][0]
+        ['']
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [find_blocks(model)]
+    lists = [(name, blocks) for _, name, blocks in _lists(model) if any(type(m) is nn.Linear for m in blocks.modules())]
+    outer = [(n, blocks) for n, blocks in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    return [([f"{n}.{i}" for i in range(len(blocks))], list(blocks)) for n, blocks in outer] or [find_blocks(model)]
+
+
+def _lists(model: nn.Module) -> list[tuple[int, str, nn.ModuleList]]:
+    """Return the lists of modules of one class that hold parameters, and how many."""
+    found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
-            if all(isinstance(m, nn.Linear) for m in module):
-                continue
             size = sum(p.numel() for p in module.parameters())
-            if best is None or size > best[0]:
-                best = size, name, module
-    if best is None or not best[0]:
-        return [""], [model]
-    return [f"{best[1]}.{i}" for i in range(len(best[2]))], list(best[2])
+            if size and not all(isinstance(m, nn.Linear) for m in module):
+                found.append((size, name, module))
+    return found
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
@@ -314,57 +366,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
             yield from tensors_in(part)
 
 
-def _to(
-    value: Any,  # noqa: ANN401
-    device: torch.device,
-    half: torch.dtype | None = None,
-    moved: dict[int, tuple[Tensor, Tensor]] | None = None,
-) -> Any:  # noqa: ANN401
-    """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`.
-
-    One tensor that is met many times is copied once where `moved` remembers it.
-    """
-    if isinstance(value, Tensor):
-        if moved is not None and id(value) in moved:
-            return moved[id(value)][1]
-        made = value.to(device, half if half is not None and value.dtype in HALF else value.dtype)
-        if moved is not None:
-            moved[id(value)] = value, made  # the key stays taken while the tensor lives
-        return made
-    if isinstance(value, Mapping):  # a tokenizer's batch is one, and no dict
-        return {k: _to(v, device, half, moved) for k, v in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_to(v, device, half, moved) for v in value)
-    return value
-
-
-def _token_mask(batch: Any) -> Tensor | None:  # noqa: ANN401
-    """The padding mask of a tokenized batch: padded tokens count in no statistic.
-
-    With two sequences in a batch (encoder and decoder) the mask speaks of one of them, and every token counts.
-    """
-    single = isinstance(batch, Mapping) and "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch
-    mask = batch.get("attention_mask") if single else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
-
-
 def kept(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the values of tokens that count, (tokens, channels): all but the padded ones."""
     rows = values.reshape(-1, values.shape[-1])
     return rows if mask is None or mask.numel() != rows.shape[0] else rows[mask.reshape(-1).to(rows.device)]
-
-
-def _first_parameter(module: nn.Module) -> str:
-    return next(n for n in inspect.signature(type(module).forward).parameters if n != "self")
-
-
-def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the positional arguments of a call to a module's forward."""
-    bound = signature.bind(None, *args, **kwargs).arguments
-    bound.pop("self", None)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and bound.pop(name, ()):
-            raise bad("quantize", "model", "one whose blocks take named arguments", f"*{name}")
-    return dict(bound)

@@ -83,9 +83,9 @@ def test_bootstrap_interval_covers_as_the_normal_one():
     values = torch.randn(400, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 5
     interval = quality.bootstrap(values)
     half = 1.96 * values.std().item() / math.sqrt(len(values))
-    assert interval.mean == pytest.approx(values.mean().item(), abs=1e-12)
-    assert interval.low == pytest.approx(interval.mean - half, abs=0.1 * half)
-    assert interval.high == pytest.approx(interval.mean + half, abs=0.1 * half)
+    assert interval.value == pytest.approx(values.mean().item(), abs=1e-12)
+    assert interval.low == pytest.approx(interval.value - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(interval.value + half, abs=0.1 * half)
     assert interval == quality.bootstrap(values)
 
 
@@ -93,7 +93,7 @@ def test_pairing_makes_a_small_steady_difference_certain():
     noise = torch.randn(32, generator=torch.Generator().manual_seed(4))
     a, b = noise + 0.01, noise
     assert quality.bootstrap(a - b).low > 0
-    assert quality.bootstrap(a).low < quality.bootstrap(b).mean
+    assert quality.bootstrap(a).low < quality.bootstrap(b).value
 
 
 def test_encoder_scores_notice_a_moved_embedding():

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -6,183 +5,167 @@ import pytest
 import torch
 
 from planish._support import PlanishWarning
-from planish.metrics import reflected, reliability_curve, smooth_ece
-from planish.metrics.smooth_ece import check_samples, fixed_point
+from planish.metrics import SmoothECE, assess_calibration, smooth_calibration_curve, smooth_ece
 
 
-def quadrature(y, f, s, points=2001):
-    """smECE_s by its definition: images of the Gaussian, trapezoids."""
-    t = np.linspace(0, 1, points)[:, None]
-    kernel = sum(
-        np.exp(-(((t - sign * f - 2 * m) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
-        for m in range(-4, 5)
-        for sign in (1, -1)
-    )
-    return np.trapezoid(np.abs((kernel * (f - y)).mean(1)), t[:, 0])
-
-
-def draw(n=400, seed=1):
+def draw(n=400, seed=1, power=1.3):
     random = np.random.default_rng(seed)
     f = random.random(n)
-    return (random.random(n) < f**1.3).astype(float), f
+    return (random.random(n) < f**power).astype(float), f
 
 
-@pytest.mark.parametrize("s", [0.02, 0.1, 0.4, 1.0])
-@pytest.mark.parametrize("n", [5, 400])
-def test_equals_the_definition(s, n):
-    y, f = draw(n)
-    assert smooth_ece(y, f, bandwidth=s) == pytest.approx(quadrature(y, f, s), abs=2e-5)
-
-
-def test_is_the_fixed_point():
+def test_tensors_give_tensors_with_gradients_only_where_wanted():
     y, f = draw()
-    s = smooth_ece(y, f)
-    assert smooth_ece(y, f, bandwidth=s) == pytest.approx(s, abs=1e-8)
+    plain = smooth_ece(y, torch.tensor(f))
+    assert plain.shape == () and not plain.requires_grad and isinstance(smooth_ece(y, f), float)
+    assert smooth_ece(y, torch.tensor(f, requires_grad=True)).requires_grad
 
 
-def test_falls_with_the_bandwidth():
-    y, f = draw()
-    errors = [smooth_ece(y, f, bandwidth=s) for s in np.geomspace(1e-3, 1, 30)]
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(errors))
-
-
-def test_population_with_residuals_of_one_sign():
-    f = (np.arange(200_000) + 0.5) / 200_000
-    assert smooth_ece(f**1.3, f) == pytest.approx(1 / 2 - 1 / 2.3, abs=1e-6)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 0.95])
-def test_constant_predictor(rate):
-    y = np.arange(100) < round(100 * rate)
-    assert smooth_ece(y, np.full(100, 0.2)) == pytest.approx(abs(rate - 0.2), abs=1e-8)
-
-
-def test_ends_of_the_scale():
-    with pytest.warns(PlanishWarning, match="swapped"):
-        s = smooth_ece([0.5, 0.5], [0, 1])
-    assert s == pytest.approx(quadrature(np.array([0.5, 0.5]), np.array([0.0, 1.0]), s), abs=1e-6)
-    assert smooth_ece([1, 1], [0, 0]) == 1
-    assert smooth_ece([0, 1], [0, 1]) == 0
-    assert smooth_ece([1], [0.25]) == pytest.approx(0.75)
-
-
-def test_calibrated_limit_goes_to_zero_at_the_known_rate():
-    random = np.random.default_rng(3)
-    for n in (1_000, 30_000):
-        means = []
-        for _ in range(20):
-            f = random.random(n)
-            means.append(smooth_ece(random.random(n) < f, f))
-        assert np.mean(means) == pytest.approx(0.303 * n ** (-1 / 3), rel=0.25)
-
-
-def test_invariances():
-    y, f = draw(300)
-    whole = smooth_ece(y, f)
-    order = np.random.default_rng(0).permutation(300)
-    assert smooth_ece(y[order], f[order]) == pytest.approx(whole, abs=1e-9)
-    assert smooth_ece(np.tile(y, 3), np.tile(f, 3)) == pytest.approx(whole, abs=1e-9)
-    assert smooth_ece(1 - y, 1 - f) == pytest.approx(whole, abs=1e-9)
-    times = np.random.default_rng(0).integers(0, 4, 300)
-    assert smooth_ece(y, f, sample_weight=times) == pytest.approx(
-        smooth_ece(y.repeat(times), f.repeat(times)), abs=1e-9
-    )
-
-
-def test_lipschitz_in_the_predictions():
-    y = np.repeat([1.0, 0.0], 500)
-    for gap in (1e-3, 1e-5):  # a binned error jumps from 0 to 1/2 here
-        below = smooth_ece(y, np.repeat([0.5 - gap, 0.5 + gap], 500))
-        above = smooth_ece(y, np.repeat([0.5 + gap, 0.5 - gap], 500))
-        assert abs(below - above) <= 2 * gap * (1 + 0.8 / max(below, above))
-
-
-def test_fine_grids_are_used_where_the_error_is_small():
-    n = 200_000
-    random = np.random.default_rng(5)
-    f = random.beta(0.3, 0.05, n)
-    y = random.random(n) < f
-    coarse = smooth_ece(y, f)
-    checked = check_samples("test", y, f, None)
-    fine = reflected.GRID
-    try:
-        reflected.GRID = 1 << 16
-        assert fixed_point(*checked) == pytest.approx(coarse, rel=5e-4)
-    finally:
-        reflected.GRID = fine
-
-
-def test_transform_and_back():
-    grid = torch.rand(64, dtype=torch.float64)
-    assert torch.allclose(reflected.smooth(reflected.cosines(grid), 0.0), grid, atol=1e-14)
-    twice = reflected.smooth(reflected.cosines(reflected.smooth(reflected.cosines(grid), 0.03)), 0.04)
-    assert torch.allclose(twice, reflected.smooth(reflected.cosines(grid), 0.05), atol=1e-14)
-
-
-def test_top_label_of_several_classes():
+def test_several_classes():
     prob = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
-    assert smooth_ece([0, 2, 2], prob) == pytest.approx(smooth_ece([1, 0, 1], [0.7, 0.6, 0.6]), abs=1e-6)
+    assert float(smooth_ece([0, 2, 2], prob)) == pytest.approx(smooth_ece([1, 0, 1], [0.7, 0.6, 0.6]), abs=1e-6)
+    each = [smooth_ece(np.array([0, 2, 2]) == c, prob[:, c].numpy()) for c in range(3)]
+    assert float(smooth_ece([0, 2, 2], prob, multiclass="classwise")) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_labels_of_any_kind():
+    f = [0.1, 0.4, 0.8, 0.7]
+    whole = smooth_ece([0, 1, 1, 0], f)
+    assert smooth_ece(["ham", "spam", "spam", "ham"], f, pos_label="spam") == whole
+    assert smooth_ece([-1, 1, 1, -1], f, pos_label=1) == whole
+    assert smooth_ece(torch.tensor([2, 3, 3, 2]), f, pos_label=3) == whole
+    assert smooth_ece([True, False, False, True], f, pos_label=False) == whole
+
+
+def test_swapped_arguments_are_suspected():
+    with pytest.warns(
+        PlanishWarning, match="every probability is 0 or 1 and `y_true` is not: are the arguments swapped"
+    ):
+        smooth_ece([0.5, 0.5], [0, 1])
 
 
 def test_curve_of_a_calibrated_predictor_is_the_diagonal():
     f = (np.arange(20_000) + 0.5) / 20_000
-    curve = reliability_curve(f, f, bandwidth=0.05)
-    assert torch.allclose(curve.prob_true, curve.prob_pred, atol=1e-9)
-    assert float(curve.density.mean()) == pytest.approx(1)
-    plain = reliability_curve(f, f, bandwidth=0.05, center=False)
-    assert float((plain.prob_true - plain.prob_pred)[128].abs()) < 1e-6
-    assert float(plain.prob_true[0]) > 0.02  # the outcomes themselves bend at the border
+    curve = smooth_calibration_curve(f, f, bandwidth=0.05)
+    assert np.allclose(curve.prob_true, curve.prob_pred, atol=1e-9)
+    assert np.trapezoid(curve.density, curve.prob_pred) == pytest.approx(1)
+    plain = smooth_calibration_curve(f, f, bandwidth=0.05, center=False)
+    assert abs(plain.prob_true - plain.prob_pred)[128] < 1e-6
+    assert plain.prob_true[0] > 0.02  # the outcomes themselves bend at the border
+
+
+def test_curve_is_the_kernel_average():
+    y, f = draw(50)
+    curve = smooth_calibration_curve(y, f, bandwidth=0.1, center=False, n_points=11)
+    images = [(2 * m + sign * f) for m in range(-2, 3) for sign in (1, -1)]
+    kernel = sum(np.exp(-(((curve.prob_pred[:, None] - image) / 0.1) ** 2) / 2) for image in images)
+    assert np.allclose(curve.prob_true, kernel @ y / kernel.sum(1), atol=1e-5)
+    assert np.allclose(curve.density, kernel.mean(1) / 0.1 / math.sqrt(2 * math.pi), atol=1e-5)
 
 
 def test_curve_hides_where_nothing_is_known():
-    curve = reliability_curve([0, 1] * 50, [0.2] * 50 + [0.25] * 50, bandwidth=0.01)
-    assert torch.isnan(curve.prob_true[200:]).all()
-    assert not torch.isnan(curve.prob_true[52])
+    curve = smooth_calibration_curve([0, 1] * 50, [0.2] * 50 + [0.25] * 50, bandwidth=0.01)
+    assert np.isnan(curve.prob_true[200:]).all() and not np.isnan(curve.prob_true[52])
 
 
-def test_plot_draws_curve_and_band():
-    pytest.importorskip("matplotlib")
-    from planish.metrics import plot_reliability
+BAD = [
+    ([0, 1], [0.5], {}, "`y_true` must be a vector as long as `y_prob`; got 'shapes (2,) and (1,)'"),
+    ([], [], {}, "`y_prob` must be at least one probability; got []"),
+    ([0, 1], [0.5, 1.5], {}, "`y_prob` must be in [0, 1]; got '1.5 at index 1'"),
+    ([0, 1], [-0.1, 0.5], {}, "`y_prob` must be in [0, 1]; got '-0.1 at index 0'"),
+    ([0, 1], [math.nan, 0.5], {}, "`y_prob` must be in [0, 1]; got 'nan at index 0'"),
+    (
+        [0, math.nan],
+        [0.5, 0.5],
+        {},
+        "`y_true` must be in [0, 1] or a label for which `pos_label` is given; got 'nan at",
+    ),
+    (
+        [0, 2],
+        [0.5, 0.5],
+        {},
+        "`y_true` must be in [0, 1] or a label for which `pos_label` is given; got '2 at index 1'",
+    ),
+    (["a", "b"], [0.5, 0.5], {}, "`y_true` must be numbers, or labels for which `pos_label` is given"),
+    (
+        ["a", "b"],
+        [0.5, 0.5],
+        {"pos_label": "c"},
+        "`pos_label` must be one of at most two labels in `y_true` (['a', 'b'])",
+    ),
+    ([0, 1, 2], [0.5, 0.5, 0.5], {"pos_label": 1}, "`pos_label` must be one of at most two labels"),
+    ([0, 1], ["a", "b"], {}, "`y_prob` must be numbers"),
+    ([0, 1], [[[0.5]], [[0.5]]], {}, "`y_prob` must be a vector, or a matrix with a column a class"),
+    ([0, 1], [0.5, 0.5], {"bandwidth": 0.0}, '`bandwidth` must be "auto" or a float in (0, 1]; got 0.0'),
+    ([0, 1], [0.5, 0.5], {"bandwidth": "wide"}, "`bandwidth` must be \"auto\" or a float in (0, 1]; got 'wide'"),
+    ([0, 1], [0.5, 0.5], {"n_grid": 1000}, "`n_grid` must be a power of two in [256, 1048576]; got 1000"),
+    ([0, 1], [0.5, 0.5], {"multiclass": "all"}, '`multiclass` must be "top_label" or "classwise"; got \'all\''),
+    ([0, 1], [0.5, 0.5], {"sample_weight": [0, 0]}, "`sample_weight` must be one finite weight >= 0 a sample"),
+    ([0, 1], [0.5, 0.5], {"sample_weight": [1, -1]}, "`sample_weight` must be one finite weight >= 0 a sample"),
+    ([0, 1], [0.5, 0.5], {"sample_weight": [1]}, "`sample_weight` must be one finite weight >= 0 a sample"),
+    ([0, 1], [[0.5, 0.6], [0.5, 0.5]], {}, "`y_prob` must be rows that sum to 1; got '1.1 in row 0'"),
+    ([0, 2], [[0.5, 0.5], [0.5, 0.5]], {}, "`y_true` must be class numbers in [0, 1]; got '2 at index 1'"),
+    ([0], [[0.5, 0.5], [0.5, 0.5]], {}, "`y_true` must be one class number a row"),
+    (
+        [0, 1],
+        [[0.5, 0.5], [0.5, 0.5]],
+        {"pos_label": 1},
+        "`pos_label` must be None where `y_prob` has a column a class",
+    ),
+]
 
-    y, f = draw()
-    ax = plot_reliability(y, f, name="net", n_bootstrap=20)
-    assert len(ax.collections) == 2
-    assert ax.get_legend().get_texts()[0].get_text() == f"net: smECE {smooth_ece(y, f):.4f}"
-    band = ax.collections[1].get_paths()[0].vertices[:, 1]
-    assert 0 <= band.min() < band.max() <= 1
 
-
-@pytest.mark.parametrize(
-    ("y", "f", "options", "sentence"),
-    [
-        ([0, 1], [0.5], {}, "`y_true` must be a vector as long as `y_prob`; got 'shapes"),
-        ([], [], {}, "`y_prob` must be at least one probability"),
-        ([0, 1], [0.5, 1.5], {}, "`y_prob` must be in [0, 1]; got '1.5 at index 1'"),
-        ([0, 1], [math.nan, 0.5], {}, "`y_prob` must be in [0, 1]; got 'nan at index 0'"),
-        ([0, 2], [0.5, 0.5], {}, "`y_true` must be in [0, 1]; got '2 at index 1'"),
-        ([0, 1], [0.5, 0.5], {"bandwidth": 0.0}, "`bandwidth` must be None or a float in (0, 1]; got 0.0"),
-        ([0, 1], [0.5, 0.5], {"sample_weight": [0, 0]}, "`sample_weight` must be"),
-        ([0, 1], [0.5, 0.5], {"sample_weight": [1, -1]}, "`sample_weight` must be"),
-        ([0, 1], [[0.5, 0.6], [0.5, 0.5]], {}, "`y_prob` must be rows that sum to 1; got '1.1 in row 0'"),
-        ([0], [[0.5, 0.5], [0.5, 0.5]], {}, "`y_true` must be one class number a row"),
-    ],
-)
+@pytest.mark.parametrize(("y", "f", "options", "sentence"), BAD)
 def test_bad_input(y, f, options, sentence):
-    with pytest.raises(ValueError) as caught:
-        smooth_ece(y, f, **options)
-    assert str(caught.value).startswith("smooth_ece: ") and sentence in str(caught.value)
+    for call in (smooth_ece, smooth_calibration_curve, assess_calibration):
+        with pytest.raises(ValueError) as caught:
+            call(y, f, **options)
+        assert str(caught.value).startswith(f"{call.__name__}: ") and sentence in str(caught.value)
 
 
 def test_bad_input_of_the_curve():
-    with pytest.raises(ValueError, match="`n_points` must be a power of two"):
-        reliability_curve([0, 1], [0.5, 0.5], n_points=100)
+    with pytest.raises(ValueError, match="`n_points` must be an int >= 2; got 1"):
+        smooth_calibration_curve([0, 1], [0.5, 0.5], n_points=1)
+    with pytest.raises(ValueError, match='`multiclass` must be "top_label": a curve shows one problem'):
+        smooth_calibration_curve([0, 1], [[0.5, 0.5], [0.5, 0.5]], multiclass="classwise")
 
 
-def test_bad_input_of_the_plot():
-    pytest.importorskip("matplotlib")
-    from planish.metrics import plot_reliability
+def test_metric_in_batches():
+    y, f = draw()
+    metric = SmoothECE()
+    assert float(metric(f[:100], y[:100])) == pytest.approx(smooth_ece(y[:100], f[:100]), abs=1e-12)
+    metric(f[100:], y[100:])
+    assert float(metric.compute()) == pytest.approx(smooth_ece(y, f), abs=1e-12)
+    other = SmoothECE()
+    other.load_state_dict(metric.half().state_dict())
+    assert float(other.compute()) == float(metric.compute())
+    metric.reset()
+    assert float(metric.sums.abs().sum() + metric.total) == 0
 
-    with pytest.raises(ValueError, match="`n_bootstrap` must be an int >= 0; got -1"):
-        plot_reliability([0, 1], [0.5, 0.5], n_bootstrap=-1)
-    with pytest.raises(ValueError, match="`confidence` must be"):
-        plot_reliability([0, 1], [0.5, 0.5], confidence=1.0)
+
+def test_metric_of_classes():
+    prob = torch.rand(60, 3, dtype=torch.float64).softmax(1)
+    label = torch.arange(60) % 3
+    for multiclass, n in (("top_label", None), ("classwise", 3)):
+        metric = SmoothECE(multiclass=multiclass, n_classes=n)
+        for rows in torch.arange(60).split(17):
+            metric.update(prob[rows], label[rows])
+        assert float(metric.compute()) == pytest.approx(
+            float(smooth_ece(label, prob, multiclass=multiclass)), abs=1e-12
+        )
+
+
+def test_bad_input_of_the_metric():
+    with pytest.raises(ValueError, match="SmoothECE.compute: nothing was added"):
+        SmoothECE().compute()
+    with pytest.raises(ValueError, match="`n_classes` must be an int >= 2 with multiclass"):
+        SmoothECE(multiclass="classwise")
+    with pytest.raises(ValueError, match="`others` must be metrics with"):
+        SmoothECE().merge_state(SmoothECE(n_grid=256))
+    with pytest.raises(ValueError, match="SmoothECE.update: `preds` must be of 3 classes, as before; got 2"):
+        SmoothECE(multiclass="classwise", n_classes=3).update([[0.5, 0.5]], [0])
+    metric = SmoothECE()
+    metric(np.array([0.4]), np.array([1]))
+    with pytest.raises(ValueError, match="SmoothECE.update: `y_prob` must be in"):
+        metric(np.array([1.4]), np.array([1]))
+    assert float(metric.compute()) == pytest.approx(0.6)  # a refused batch leaves no trace

@@ -105,10 +105,12 @@ def test_search_from_disk_equals_in_memory(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_is_three_blocks_and_inputs(tmp_path):
+@pytest.mark.parametrize(("threshold", "share"), [("65536", 1.03), (None, 2.2)], ids=["whole pages", "glibc's own"])
+def test_memory_is_three_blocks_and_inputs(tmp_path, threshold, share):
+    """As it comes, glibc keeps holes of what a block's work freed until the block is let go: twice the tensors."""
     worker = Path(__file__).with_name("memory_worker.py")
-    # glibc keeps freed pieces below 32 MB for itself; a real model's layers are larger and always go back
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    env = {n: v for n, v in os.environ.items() if not n.startswith("MALLOC_")} | {"OMP_NUM_THREADS": "1"}
+    env |= {"MALLOC_MMAP_THRESHOLD_": threshold} if threshold else {}
     env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run([sys.executable, worker, tmp_path], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -117,9 +119,9 @@ def test_memory_is_three_blocks_and_inputs(tmp_path):
     resident, anonymous = told["quantizing"]
     # hidden states that enter and leave a block, in the float and in the quantized model: four times the inputs
     tensors = 3 * told["block"] + told["rest"] + 4 * told["inputs"]
-    allowed = 1.03 * tensors  # Python's own objects for 24 blocks, and pages begun; one block more would be 30 %
+    allowed = share * tensors  # 3 %: Python's own objects for 24 blocks, and pages begun; one block more would be 30 %
     assert max(resident, anonymous) <= allowed
-    assert whole > 7 * allowed
+    assert whole > 7 * tensors
     resident, anonymous = told["assembling"]
     assert anonymous <= told["block"]  # what is mapped from files can be dropped at any time
     assert resident <= 1.2 * told["written"]

@@ -5,6 +5,7 @@ import logging
 import math
 import runpy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from planish.quant import QLinear, fold, quantize, rtn
+from planish.quant import QLinear, awq, best, fold, gptq, quantize, rtn
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
+from planish.quant.methods.smoothquant_plus import smoothquant_plus
 from planish.quant.moments import measure
 from planish.quant.rounding import Clip
 from planish.quant.sites import find_sites
@@ -113,6 +115,26 @@ def test_half_precision_models_are_computed_in_float32_and_stay_half(dtype, make
             assert a.bias is None or a.bias.dtype in (dtype, torch.float32)
     assert all(p.dtype == dtype for p in model.parameters())
     assert first_tensor(model(x)).dtype == dtype
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("preset", [rtn, awq, gptq, best, partial(smoothquant_plus, alpha=0.5)])
+def test_float64_models_may_have_scales_of_any_precision(preset, scale_dtype):
+    model, wide = Net().eval(), Net().eval().double()
+    method = preset(group_size=16, scale_dtype=scale_dtype)
+    ours, theirs = (quantize(m, [ids()], method) for m in (wide, model))
+    assert [b.error for b in ours.blocks] == pytest.approx([b.error for b in theirs.blocks], rel=0.1)
+    output = first_tensor(wide(ids()))
+    assert output.dtype == torch.float64
+    twin = Net().eval().double()  # the layers compute as their dense twins do; kernels take scales in float32
+    near = 1e-6 if scale_dtype == "float64" else 1e-12
+    twin.load_state_dict({**wide.state_dict(), **dense_state(wide)}, strict=False)
+    assert torch.allclose(first_tensor(twin(ids())), output, rtol=near, atol=near)
+
+
+def dense_state(model):
+    layers = {n: m.dequantize(torch.float64) for n, m in model.named_modules() if isinstance(m, QLinear)}
+    return {f"{n}.{k}": v for n, dense in layers.items() for k, v in dense.state_dict().items()}
 
 
 def test_tied_embeddings_stay_tied_and_untouched():

@@ -40,7 +40,7 @@ def directly(model, base, ids):
         "difference": (nll_p - nll_q).mean().item(),
         "kl": (log_q.exp() * (log_q - log_p)).sum(-1).mean().item(),
         "agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item(),
-        "smooth_ece": smooth_ece(hit.flatten().double(), log_p.exp().amax(-1).flatten()),
+        "smooth_ece": smooth_ece(hit.flatten(), log_p.exp().amax(-1).flatten()).item(),
     }
 
 

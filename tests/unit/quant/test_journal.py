@@ -54,7 +54,7 @@ def test_journal_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_search_goes_on_where_it_stood(tmp_path, blocks, monkeypatch):
-    search = importlib.import_module("planish.quant.search")  # the package's attribute is the function
+    search = importlib.import_module("planish.quant.candidates")
     whole = net()
     quantize(whole, batches(), METHODS["search"])
     interrupted(tmp_path / "j", METHODS["search"], blocks, stage="search")
@@ -69,7 +69,7 @@ def test_search_goes_on_where_it_stood(tmp_path, blocks, monkeypatch):
 
 
 def test_finished_search_is_not_repeated(tmp_path, monkeypatch):
-    search = importlib.import_module("planish.quant.search")  # the package's attribute is the function
+    search = importlib.import_module("planish.quant.candidates")
     interrupted(tmp_path / "j", METHODS["search"], 1)
     monkeypatch.setattr(search, "trial", None)  # calling it would fail
     again, whole = net(), net()

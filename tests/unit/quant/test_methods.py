@@ -11,11 +11,11 @@ from planish import quant
 from planish.quant import METHODS, quantize
 from planish.quant.engine import Method, no_plan, no_refine, no_transform
 from planish.quant.formats import Affine
-from planish.quant.methods.awq import ClipOutput, LocalScale
+from planish.quant.methods.awq import LocalScale
 from planish.quant.methods.gptq import Compensate
 from planish.quant.methods.smoothquant_plus import Smooth
 from planish.quant.plans import SearchAlpha
-from planish.quant.rounding import Clip, Nearest
+from planish.quant.rounding import Clip, ClipOutput, Nearest
 
 C = 64
 

@@ -18,7 +18,7 @@ from planish.quant.formats import Affine, Dual
 from planish.quant.local import SiteError
 from planish.quant.moments import Moments, gram, measure
 from planish.quant.report import BlockReport, Report, model_bytes
-from planish.quant.rounding import Clip, Nearest, best_limits
+from planish.quant.rounding import Clip, ClipOutput, Nearest, best_limits, uncorrelated
 from planish.quant.sites import find_sites, rebind, weight_of
 from planish.quant.stream import Stream, find_blocks, first_tensor
 from planish.quant.transforms import Scale, Shift
@@ -77,6 +77,56 @@ def test_clipping_never_costs_weighted_error():
     )
 
 
+def test_moving_the_ends_by_themselves_only_helps_and_does_where_a_group_is_lopsided():
+    weight, importance = noise(12, 64), noise(64, seed=1).exp()
+    weight[:, ::7] = weight[:, ::7].abs() * 5
+    x = noise(300, 64, seed=2) + noise(300, 1, seed=3)  # correlated channels
+    for grid in (Affine(3, 16), Affine(4, 64), Affine(4, 24, ragged=True), Affine(4, 16, symmetric=True)):
+        blocks = (torch.arange(64)[:, None] // grid.group_size) == (torch.arange(64) // grid.group_size)
+        for judge in (importance, x.T @ x / 300):
+            square = torch.diag(judge) if judge.ndim == 1 else judge * blocks
+
+            def loss(grid=grid, judge=judge, square=square, **how):
+                gap = grid.fake(weight, limits=best_limits(weight, grid, judge, **how)) - weight
+                return ((gap @ square) * gap).sum()
+
+            common, either = loss(), loss(ends=True)
+            assert either <= common * (1 + 1e-5)
+            assert grid.symmetric or either < 0.98 * common
+
+
+def test_correlations_are_believed_as_far_as_told():
+    x = noise(50, 6)
+    square = x.T @ x
+    assert torch.equal(uncorrelated(square, 0.0), square)
+    assert torch.equal(uncorrelated(square, 1.0), torch.diag(square.diagonal()))
+    half = uncorrelated(square, 0.5)
+    assert torch.equal(half.diagonal(), square.diagonal()) and torch.allclose(half[0, 1:], square[0, 1:] / 2)
+
+
+def test_clipping_by_outputs_loses_less_of_the_output_than_clipping_by_weights():
+    x = noise(400, C) + 2 * noise(400, 1, seed=5)
+    errors = {}
+    for step in (Nearest(), Clip(), ClipOutput()):
+        model = mlp()
+        errors[type(step)] = quantize(model, [x], replace(rtn(bits=3, group_size=16), round=step)).blocks[0].error
+    assert errors[ClipOutput] < errors[Clip] < errors[Nearest]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"steps": 1}, "ClipOutput: `steps` must be at least 2; got 1."),
+        ({"least": 1.0}, "ClipOutput: `least` must be a float in (0, 1); got 1.0."),
+        ({"independence": 1.5}, "ClipOutput: `independence` must be a float in [0, 1]; got 1.5."),
+    ],
+)
+def test_clipping_by_outputs_refuses_what_makes_no_sense(arguments, sentence):
+    with pytest.raises(ValueError) as error:
+        ClipOutput(**arguments)
+    assert str(error.value) == sentence
+
+
 def test_clip_as_a_step():
     plain, clipped = mlp(), mlp()
     x = noise(200, C)
@@ -85,15 +135,16 @@ def test_clip_as_a_step():
     assert b.blocks[0].error < a.blocks[0].error
 
 
-def test_clip_refuses_a_site_whose_transform_is_online():
+@pytest.mark.parametrize("step", [Clip(), ClipOutput()])
+def test_clip_refuses_a_site_whose_transform_is_online(step):
     model, x = mlp(nn.GELU), noise(9, C)
     method = replace(
         rtn(group_size=16),
         transform=lambda s, m: Scale(torch.full((next(iter(s.weights.values())).shape[1],), 2.0)),
-        round=Clip(),
+        round=step,
         online=True,
     )
-    with pytest.raises(ValueError, match="Clip: `site` must be one whose transform was folded"):
+    with pytest.raises(ValueError, match=f"{type(step).__name__}: `site` must be one whose transform was folded"):
         quantize(model, [x], method)
 
 

@@ -27,17 +27,17 @@ Reference:
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from planish._support import bad
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
 from planish.quant.local import SiteError
 from planish.quant.methods.smoothquant_plus import column_size
-from planish.quant.moments import gram as collect
-from planish.quant.rounding import best_limits, layer_of
+from planish.quant.rounding import ClipOutput
 from planish.quant.sites import Site
 from planish.quant.transforms import Scale, Transform
+
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key")
 
 
 @dataclass(frozen=True)
@@ -82,36 +82,6 @@ class LocalScale:
         return None if best is None else Scale(torch.where(act > 0, best, 1.0))
 
 
-@dataclass(frozen=True)
-class ClipOutput:
-    """Round to nearest after shrinking each group's range to where its share of the output loses least.
-
-    Args:
-        steps: How many shrink factors are tried; default 20.
-        least: The smallest factor; default 0.5.
-        unclipped: Last parts of the names of layers that keep their range; default queries and keys.
-
-    Example:
-        >>> ClipOutput().unclipped
-        ('q_proj', 'k_proj', 'query', 'key')
-    """
-
-    steps: int = 20
-    least: float = 0.5
-    unclipped: tuple[str, ...] = ("q_proj", "k_proj", "query", "key")
-
-    def __call__(self, site: Site, method: Method) -> dict[str, nn.Module]:
-        """Round the site's weights."""
-        gram = collect(site.block, site)
-        layers: dict[str, nn.Module] = {}
-        for name, weight in site.weights.items():
-            limits = None
-            if name.rpartition(".")[2] not in self.unclipped:
-                limits = best_limits(weight, method.weight, gram, self.steps, self.least)
-            layers[name] = layer_of(site, name, method.weight.encode(weight, limits=limits), method)
-        return layers
-
-
 def awq(
     *,
     bits: int = 4,
@@ -143,5 +113,6 @@ def awq(
     """
     grid = Affine(bits, group_size, symmetric, ragged, scale_dtype)
     if clip:
-        return Method("awq", grid, transform=LocalScale(), round=ClipOutput(), feed="float")
+        step = ClipOutput(unclipped=QUERIES_AND_KEYS, ends=False, independence=0.0)
+        return Method("awq", grid, transform=LocalScale(), round=step, feed="float")
     return Method("awq", grid, transform=LocalScale(), feed="float")

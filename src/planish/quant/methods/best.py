@@ -4,7 +4,8 @@ Three things make it, in the order of what they gain on a small language model a
 
 1. Columns with the largest activations are rounded first, and those still free make up for the error (`Compensate`,
    GPTQ's recursion).
-2. The ranges of groups are shrunk beforehand to where the error, weighted by the activations' mean squares, is least.
+2. The ranges of groups are shrunk beforehand, either end by itself, to where the error, weighted by the activations'
+   mean squares, is least.
 3. The inputs of a layer already carry the error of everything before it. The layer is rounded towards weights that undo
    half of that error: with c the float model's inputs, x the real ones, and H the mean of x x',
 

@@ -19,7 +19,7 @@ checkpoint's layout as it is; layers of a block are rounded in order of executio
 ones before it make. Beyond it, and used by `best`: a second kind of pass that moves single codes to their optimum,
 scales solved for the codes, and the quadratic's target moved to what the float model's inputs would have given.
 
-When to use: as the rounding step after smoothing, when there are at least 16,000 tokens of data: it overfits on fewer.
+When to use: as the rounding step after smoothing, with 8,192 tokens of data (as it is measured) or more.
 
 Reference:
     Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022.
@@ -89,7 +89,7 @@ class Compensate:
         """Round the site's weights; layers that share an input are rounded as one matrix."""
         names = list(site.consumers)
         sizes = [site.weights[n].shape[0] for n in names]
-        weight = torch.cat([site.weights[n].float() for n in names])
+        weight = torch.cat([site.weights[n] for n in names])
         if self.correct and site.block.twin is not None and not site.split:
             raw, mixed = cross_gram(site.block, site, site.block.twin, rebind(site, site.block.twin))
             gram = compensate.damped(raw, self.damping)
@@ -99,7 +99,10 @@ class Compensate:
         else:
             gram = compensate.damped(collect(site.block, site), self.damping)
         order = gram.diagonal().argsort(descending=True, stable=True) if self.ordered else None
-        limits = best_limits(weight, method.weight, gram.diagonal()) if self.clip else method.weight.ranges(weight)
+        if self.clip:
+            limits = best_limits(weight, method.weight, gram.diagonal(), ends=True)
+        else:
+            limits = method.weight.ranges(weight)
         grid = compensate.Grid(method.weight, limits, weight.shape[1])
         codes = compensate.greedy(weight, gram, grid, order)
         for _ in range(self.rounds):

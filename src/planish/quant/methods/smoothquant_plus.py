@@ -43,7 +43,7 @@ from planish._support import bad
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
 from planish.quant.plans import SearchAlpha
-from planish.quant.rounding import Clip, Nearest
+from planish.quant.rounding import Clip, ClipOutput, Nearest
 from planish.quant.sites import Site
 from planish.quant.transforms import Scale, Transform
 
@@ -136,7 +136,7 @@ def smoothquant_plus(
     ragged: bool = False,
     scale_dtype: str = "float16",
     granularity: str = "model",
-    objective: str = "hidden_mse",
+    objective: str | None = None,
     act_stat: str | None = None,
     weight_stat: str | None = None,
     clip: bool | None = None,
@@ -144,7 +144,8 @@ def smoothquant_plus(
     """Smooth, then round to nearest: the paper's method.
 
     Args:
-        alpha: The strength of smoothing for the whole model, in [0, 1], or "search" (default) for the 21-point grid.
+        alpha: The strength of smoothing for the whole model, in [0, 1], or "search" (default) for the 21-point grid
+            (11 points where finer levels follow).
         bits: Bits of a weight; default 4.
         group_size: Input channels that share a scale; None for one scale a row. Default 128.
         symmetric: No zero points. Default False, as in the paper.
@@ -152,11 +153,13 @@ def smoothquant_plus(
         scale_dtype: See `planish.quant.Affine`.
         granularity: What has its own alpha: "model" (the paper), "kind" of layer, or "layer". Each finer level starts
             from the one above and is kept only where the whole model's loss falls.
-        objective: Loss of the search: "hidden_mse" (default), "kl" or "nll"; see `planish.quant.search`.
-        act_stat: See `Smooth`; default "absmax" with one alpha for the model, as published, else "rms".
+        objective: Loss of the search, "hidden_mse", "kl" or "nll"; see `planish.quant.search`. Default "hidden_mse"
+            with one alpha for the model, as published, else "kl" where the model has an output head.
+        act_stat: See `Smooth`; default "absmax" with one alpha for the model, as published, else "mean".
         weight_stat: See `Smooth`; default "absmax" with one alpha for the model, as published, else
             "group_normalized".
-        clip: Shrink the ranges of groups to the least weighted error; default only with a finer granularity.
+        clip: Shrink the ranges of groups to the least weighted error, of weights or of outputs, whichever the whole
+            model likes better; default only with a finer granularity.
 
     Returns:
         The method.
@@ -172,12 +175,18 @@ def smoothquant_plus(
     published = granularity == "model"
     smooth = Smooth(
         0.5,
-        act_stat=act_stat or ("absmax" if published else "rms"),
+        act_stat=act_stat or ("absmax" if published else "mean"),
         weight_stat=weight_stat or ("absmax" if published else "group_normalized"),
     )
-    step = Clip() if (not published if clip is None else clip) else Nearest()
+    clip = not published if clip is None else clip
+    step = Clip() if clip else Nearest()
     if alpha == "search":
-        plan = SearchAlpha(granularity=granularity, objective=objective)
+        plan = SearchAlpha(
+            granularity=granularity,
+            objective=objective or ("hidden_mse" if published else None),
+            steps=21 if published else 11,
+            rounds=(ClipOutput(),) if clip else (),
+        )
         return Method("smoothquant+", grid, plan=plan, transform=smooth, round=step)
     if isinstance(alpha, str) or not 0 <= alpha <= 1:
         raise bad("smoothquant_plus", "alpha", "a float in [0, 1] or 'search'", alpha)

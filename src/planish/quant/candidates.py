@@ -99,12 +99,11 @@ def compare(
     before = journal.resume(key) if journal and not stream.whole else None
     done, states = before or (-1, states)  # a search that was interrupted goes on after its last block
     for index in range(len(stream.modules)):
-        block = stream.block(index, clean)
-        sites = walk.sites(block)
-        clean = measure(block, sites)
-        for candidate, hidden in list(states.items()) if index > done else []:
-            states[candidate] = trial(block, sites, hidden, methods[candidate])
-        stream.put_back(block, index)
+        with stream.looking(index, clean) as block:
+            sites = walk.sites(block)
+            clean = measure(block, sites)
+            for candidate, hidden in list(states.items()) if index > done else []:
+                states[candidate] = trial(block, sites, hidden, methods[candidate])
         if index <= done:
             continue
         if drop is not None and index < len(stream.modules) - 1:

@@ -1,0 +1,69 @@
+"""What a module is called with: arguments by name, moved and compared, whatever containers they come in."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planish._support import bad
+from planish.quant.precision import HALF
+
+
+def moved_to(
+    value: Any,  # noqa: ANN401
+    device: torch.device,
+    half: torch.dtype | None = None,
+    moved: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Any:  # noqa: ANN401
+    """Move the tensors of nested containers to a device; those in half precision also to the dtype `half`.
+
+    One tensor that is met many times is copied once where `moved` remembers it.
+    """
+    if isinstance(value, Tensor):
+        if moved is not None and id(value) in moved:
+            return moved[id(value)][1]
+        made = value.to(device, half if half is not None and value.dtype in HALF else value.dtype)
+        if moved is not None:
+            moved[id(value)] = value, made  # the key stays taken while the tensor lives
+        return made
+    if isinstance(value, Mapping):  # a tokenizer's batch is one, and no dict
+        return {k: moved_to(v, device, half, moved) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(moved_to(v, device, half, moved) for v in value)
+    return value
+
+
+def token_mask(batch: Any) -> Tensor | None:  # noqa: ANN401
+    """The padding mask of a tokenized batch: padded tokens count in no statistic.
+
+    With two sequences in a batch (encoder and decoder) the mask speaks of one of them, and every token counts.
+    """
+    single = isinstance(batch, Mapping) and "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch
+    mask = batch.get("attention_mask") if single else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
+
+
+def first_parameter(module: nn.Module) -> str:
+    """Return the name of the first argument of a module's forward."""
+    return next(n for n in inspect.signature(type(module).forward).parameters if n != "self")
+
+
+def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the positional arguments of a call to a module's forward."""
+    bound = signature.bind(None, *args, **kwargs).arguments
+    bound.pop("self", None)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and bound.pop(name, ()):
+            raise bad("quantize", "model", "one whose blocks take named arguments", f"*{name}")
+    return dict(bound)
+
+
+def equal(a: Any, b: Any) -> bool:  # noqa: ANN401
+    """Whether two values are tensors with the same values; NaN equals NaN."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
+        return False
+    return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
