@@ -9,7 +9,19 @@ import sys
 
 from benchmarks import harness
 
-NAMES = ("quant", "cost", "search", "calibration", "tune", "serve", "load", "kernels", "integer")
+NAMES = (
+    "quant",
+    "cost",
+    "search",
+    "calibration",
+    "tune",
+    "serve",
+    "load",
+    "kernels",
+    "integer",
+    "decode",
+    "decode_large",
+)
 
 
 def _grid(text: str) -> tuple[int, int | None]:

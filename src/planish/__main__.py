@@ -109,6 +109,16 @@ def _device(name: str) -> str:
     return str(device)
 
 
+def _decoder(model: Any) -> tuple[Any, str]:  # noqa: ANN401
+    """Put the native decoder before a quantized model; return what is to be run and what it is."""
+    from planish.quant import Decoder, QLinear  # noqa: PLC0415
+
+    if not any(isinstance(module, QLinear) for module in model.modules()):
+        return model, "run by transformers: a float model"
+    decoder = Decoder(model)  # warns where it cannot run the model
+    return decoder, str(decoder)
+
+
 def _new(out: Path, name: str = "OUT") -> Path:
     """Refuse a target that is there, before the long work and not after it."""
     if out.exists():
@@ -219,11 +229,11 @@ def evaluate(
         text = texts.library_text() if data == "auto" else texts.read_text(Path(data))
         source = sources.resolve(model)
         tokenizer = sources.open_tokenizer(source)
-        judged = sources.open_model(source, device=where)
+        judged, path = _decoder(sources.open_model(source, device=where))
         base = None if against is None else sources.open_model(sources.resolve(against), device=where)
         most = getattr(judged.config, "max_position_embeddings", None) or window
         windows, _ = texts.pick(texts.cut(tokenizer, text, length=min(window, most)), tokens)
-    aloud.print(f"[dim]judging on {texts.count(windows):,} tokens of {_plain(text.name)}[/dim]")
+    aloud.print(f"[dim]judging on {texts.count(windows):,} tokens of {_plain(text.name)}; {_plain(path)}[/dim]")
     with _bars(aloud) as progress:
         found = planish.evaluate(judged, [{"input_ids": w} for w in windows], base, progress=progress)
     said = json.dumps(found.to_json(), indent=1) if as_json else str(found)
@@ -244,7 +254,9 @@ def generate(
         from planish.quant import generation, sources  # noqa: PLC0415
 
         where, source = _device(device), sources.resolve(model)
-        tokenizer, opened = sources.open_tokenizer(source), sources.open_model(source, device=where)
+        tokenizer = sources.open_tokenizer(source)
+        opened, path = _decoder(sources.open_model(source, device=where))
+    aloud.print(f"[dim]{_plain(path)}[/dim]")
     asked = generation.as_chat(tokenizer, prompt) if chat else prompt
     if not chat:
         console.print(prompt, end="", markup=False, highlight=False)

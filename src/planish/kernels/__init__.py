@@ -53,7 +53,7 @@ def backends() -> tuple[Backend, ...]:
 
     Example:
         >>> sorted({row.op for row in backends()})
-        ['qgemm', 'quantize_rows', 'rotate', 'w4a16']
+        ['decoder', 'qgemm', 'quantize_rows', 'rotate', 'w4a16']
     """
     if cpu.absence:
         why = f"the compiled module is absent: {cpu.absence}"
@@ -68,7 +68,11 @@ def backends() -> tuple[Backend, ...]:
             Backend("qgemm", "cpu", kernel, "all but dtype=float64"),
             Backend("rotate", "cpu", kernel, "all"),
         ]
-    return (*fast, *(Backend(op, "any", "reference", "all", "no faster version is written yet") for op in _OPS))
+    whole = Backend("decoder", "cpu", "absent", "none", f"the compiled module is absent: {cpu.absence}")
+    if not cpu.absence:
+        whole = Backend("decoder", "cpu", f"compiled ({cpu.isa})", "4-bit decoders of the Llama kind: quant.Decoder")
+    plain = (Backend(op, "any", "reference", "all", "no faster version is written yet") for op in _OPS)
+    return (*fast, whole, *plain)
 
 
 def w4a16(

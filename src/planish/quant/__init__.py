@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from planish.quant.candidates import search
 from planish.quant.checkpoint import inspect, load, round_kept, save
+from planish.quant.decoder import Decoder
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.evaluation import Evaluation, compare, evaluate
@@ -35,6 +36,7 @@ __all__ = [
     "FP4",
     "METHODS",
     "Affine",
+    "Decoder",
     "Dual",
     "Evaluation",
     "Format",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planish._support import require
 from planish.quant.scores import device_of
 
 PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time, in a small village,")
@@ -73,3 +74,14 @@ def as_chat(tokenizer: Any, prompt: str) -> str:  # noqa: ANN401
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
     return text
+
+
+def with_stop_strings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Turn stop strings into a criterion, since transformers keeps the tokenizer from loops other than its own."""
+    if settings.get("stop_strings") is None or settings.get("tokenizer") is None:
+        return settings
+    transformers = require("transformers", "transformers", "Decoder.generate")
+    left = {k: v for k, v in settings.items() if k not in ("stop_strings", "tokenizer", "stopping_criteria")}
+    found = transformers.StopStringCriteria(settings["tokenizer"], settings["stop_strings"])
+    criteria = transformers.StoppingCriteriaList([*(settings.get("stopping_criteria") or ()), found])
+    return {**left, "stopping_criteria": criteria}

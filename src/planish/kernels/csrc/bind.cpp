@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "decoder_bind.h"
 #include "linear.h"
 #include "read.h"
 #include "w4a16.h"
@@ -97,6 +98,7 @@ NB_MODULE(_native, m) {
           });
     m.def("prepare", &prepare);
     m.def("linear", &linear);
+    planish::bind_decoder(m);
     m.def("read", [](std::uintptr_t data, std::int64_t bytes, int threads) {
         nb::gil_scoped_release release;
         return planish::read_all(at<const void>(data), bytes, threads);
