@@ -23,7 +23,7 @@ ROWS = (1, 16, 128, 512)
 GROUP = 128
 TOUCHED = 256 << 20  # bytes of 4-bit weights behind each figure for one row
 SECONDS = 0.8  # a subject and case
-REST = 0.005  # seconds for the threads of the one before to stop spinning
+REST = 0.03  # seconds for the threads of the one before to stop spinning
 
 
 def rows(quick: bool, *, skipped: dict[str, str], against: tuple[str, ...] | None = None, **_: object) -> Iterator[Row]:

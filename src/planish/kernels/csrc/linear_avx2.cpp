@@ -76,13 +76,21 @@ inline __m256 scales(const std::uint8_t* at) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// Sixteen outputs (one half of a tile) of one segment times kRows rows, added up in dot[row][eight outputs].
-template <int kRows>
+constexpr std::int64_t kAhead = 8192; // bytes asked for before they are needed: memory answers late, products are quick
+
+inline void ask(const std::uint8_t* at) {
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(at + 64), _MM_HINT_T0);
+}
+
+// Eight outputs for each side of one segment times kRows rows, added up in dot[row][side].
+template <int kRows, int kSides>
 inline void dot_wide(const std::uint8_t* codes, const std::uint8_t* q, std::int64_t row_bytes, std::int64_t units,
-                     __m256i (&dot)[kRows][2]) {
+                     __m256i (&dot)[kRows][kSides]) {
     const __m256i nibble = _mm256_set1_epi16(15);
-    for (; units > 0; --units, codes += 128, q += 16)
-        for (int side = 0; side < 2; ++side) {
+    for (; units > 0; --units, codes += 128, q += 16) {
+        if constexpr (kRows == 1) ask(codes + kAhead);
+        for (int side = 0; side < kSides; ++side) {
             const __m256i w = load(codes + 32 * side);
             const __m256i part[4] = {
                 _mm256_and_si256(w, nibble), _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble),
@@ -92,18 +100,20 @@ inline void dot_wide(const std::uint8_t* codes, const std::uint8_t* q, std::int6
                     dot[m][side] = _mm256_add_epi32(
                         dot[m][side], _mm256_madd_epi16(part[j], four(q + m * row_bytes + 4 * j)));
         }
+    }
 }
 
 // The same with bytes. A pair of products is at most 2 * 15 * 127: eight of them fit 16 bits, four units' worth.
-template <int kRows>
+template <int kRows, int kSides>
 inline void dot_narrow(const std::uint8_t* codes, const std::uint8_t* q, std::int64_t row_bytes, std::int64_t units,
-                       __m256i (&dot)[kRows][2]) {
+                       __m256i (&dot)[kRows][kSides]) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     while (units > 0) {
         const std::int64_t run = std::min<std::int64_t>(4, units);
-        __m256i sum[kRows][2] = {};
-        for (std::int64_t u = 0; u < run; ++u, codes += 128, q += 8)
-            for (int side = 0; side < 2; ++side) {
+        __m256i sum[kRows][kSides] = {};
+        for (std::int64_t u = 0; u < run; ++u, codes += 128, q += 8) {
+            if constexpr (kRows == 1) ask(codes + kAhead);
+            for (int side = 0; side < kSides; ++side) {
                 const __m256i w = load(codes + 32 * side);
                 const __m256i even = _mm256_and_si256(w, nibble);
                 const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
@@ -113,8 +123,9 @@ inline void dot_narrow(const std::uint8_t* codes, const std::uint8_t* q, std::in
                     sum[m][side] = _mm256_add_epi16(sum[m][side], _mm256_maddubs_epi16(odd, four(at + 4)));
                 }
             }
+        }
         for (int m = 0; m < kRows; ++m)
-            for (int side = 0; side < 2; ++side)
+            for (int side = 0; side < kSides; ++side)
                 dot[m][side] = _mm256_add_epi32(dot[m][side], _mm256_madd_epi16(sum[m][side], ones));
         units -= run;
     }
@@ -122,18 +133,21 @@ inline void dot_narrow(const std::uint8_t* codes, const std::uint8_t* q, std::in
 
 template <int kBits, int kRows, ScaleType kType>
 void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
+    // One row meets the whole tile at once, in the order in which it lies in memory; the sums of more rows need the
+    // registers, and meet one half of it after the other.
+    constexpr int kSides = kRows == 1 ? 4 : 2;
     const std::int64_t row_bytes = job.layout->bytes, size = scale_size(kType);
-    for (int half = 0; half < 2 && job.outputs > 16 * half; ++half) {
-        const std::uint8_t *codes = job.tile + job.tiles->codes + 64 * half, *q = rows;
-        __m256 total[kRows][2] = {};
+    for (std::int64_t first = 0; first < job.outputs; first += 8 * kSides) {
+        const std::uint8_t *codes = job.tile + job.tiles->codes + 4 * first, *q = rows;
+        __m256 total[kRows][kSides] = {};
         for (std::int64_t s = 0; s < job.cut->count; ++s) {
-            __m256i dot[kRows][2] = {};
+            __m256i dot[kRows][kSides] = {};
             const std::int64_t units = job.cut->segment_units(s);
-            if constexpr (kBits == 16) dot_wide<kRows>(codes, q, row_bytes, units, dot);
-            else dot_narrow<kRows>(codes, q, row_bytes, units, dot);
+            if constexpr (kBits == 16) dot_wide<kRows, kSides>(codes, q, row_bytes, units, dot);
+            else dot_narrow<kRows, kSides>(codes, q, row_bytes, units, dot);
             codes += units * 128, q += units * kBits;
-            for (int side = 0; side < 2; ++side) {
-                const std::int64_t o = s * kTile + 16 * half + 8 * side;
+            for (int side = 0; side < kSides; ++side) {
+                const std::int64_t o = s * kTile + first + 8 * side;
                 const __m256 step_of_weight = scales<kType>(job.tile + o * size);
                 __m256i z = _mm256_set1_epi32(8);
                 if (job.zeros)
@@ -149,8 +163,8 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
                 }
             }
         }
-        for (int side = 0; side < 2; ++side) {
-            const std::int64_t o = 16 * half + 8 * side, left = job.outputs - o;
+        for (int side = 0; side < kSides; ++side) {
+            const std::int64_t o = first + 8 * side, left = job.outputs - o;
             if (left <= 0) break;
             const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)),
                                                      _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
