@@ -59,6 +59,7 @@ class Decoder(nn.Module):
         ValueError: An argument is not one of those named.
 
     Example:
+        >>> import warnings
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
         >>> with warnings.catch_warnings(action="ignore"):

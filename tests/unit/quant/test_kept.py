@@ -52,7 +52,8 @@ def test_half_on_disk_float32_in_every_reader(tmp_path, dtype, layout):
         stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")
         assert {p.dtype for p in stock.parameters() if p.is_floating_point()} <= {torch.float32, torch.float16}
         assert stock.model.embed_tokens.weight.dtype == torch.float32
-        torch.testing.assert_close(stock(TOKENS).logits, rounded)
+        # ours rounds activations to 16 bits
+        torch.testing.assert_close(stock(TOKENS).logits, rounded, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
