@@ -198,3 +198,28 @@ def test_threads_that_call_at_once_each_get_their_own_result():
     for caller in callers:
         caller.join()
     assert not wrong
+
+
+def test_temporary_scales_and_zero_points_are_told_apart_by_what_they_hold():
+    x, packed, scale, zero, _ = problem(9, 2, 40, 64, 32)
+    options = {"bits": 4, "group_size": 32, "activation_bits": 16}
+    first = cpu._shelf.find(packed, scale.clone(), zero.clone(), 64, 32)
+    assert cpu._shelf.find(packed, scale.clone(), zero.clone(), 64, 32) is first, "equal values were prepared again"
+    for step in range(1, 6):  # the allocator hands out the same address again and again
+        y = kernels.w4a16(x, packed, scale * step, (zero + step) % 16, **options)
+        fresh = kernels.w4a16(x, packed.clone(), scale * step, (zero + step) % 16, **options)
+        assert torch.equal(y, fresh), step
+
+
+def test_a_compiled_layer_follows_its_weight_and_prepares_it_once():
+    linear = torch.nn.Linear(96, 40)
+    layer = QLinear.of(Affine(4, group_size=32, symmetric=False).encode(linear.weight.detach()), linear.bias)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(10))
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+        kept = cpu._shelf._kept[id(layer.weight_packed)].weight
+        compiled(x)
+        assert cpu._shelf._kept[id(layer.weight_packed)].weight is kept
+        layer.weight_zero_point.add_(1)
+        assert torch.equal(compiled(x), copy.deepcopy(layer)(x))

@@ -31,6 +31,39 @@ def _state(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), -1 if t.is_inference() else t._version
 
 
+class _Seen:
+    """A tensor as it was when last looked at: whether this very one has been written to since."""
+
+    def __init__(self, t: Tensor) -> None:
+        self._tensor, self._state = weakref.ref(t), _state(t)
+
+    def is_still(self, t: Tensor) -> bool:
+        # An address alone says nothing: the next temporary tensor may get that of the last one.
+        return self._tensor() is t and self._state == _state(t)
+
+
+@dataclass
+class _Entry:
+    """A prepared weight, and what it was made of; small copies tell equal temporary tensors from others."""
+
+    life: weakref.ref[Tensor]
+    packed: _Seen
+    scale: _Seen
+    zero: _Seen
+    values: tuple[Tensor, Tensor]
+    weight: Prepared
+
+    def holds(self, packed: Tensor, scale: Tensor, zero: Tensor) -> bool:
+        if not self.packed.is_still(packed):
+            return False
+        if self.scale.is_still(scale) and self.zero.is_still(zero):
+            return True
+        if scale.dtype != self.values[0].dtype or not all(map(torch.equal, self.values, (scale, zero))):
+            return False
+        self.scale, self.zero = _Seen(scale), _Seen(zero)
+        return True
+
+
 class Shelf:
     """Prepared weights by the identity of their packed codes.
 
@@ -40,24 +73,26 @@ class Shelf:
 
     def __init__(self, native: ModuleType) -> None:
         self._native = native
-        self._kept: dict[int, tuple[weakref.ref[Tensor], object, Prepared]] = {}
+        self._kept: dict[int, _Entry] = {}
 
     def find(self, packed: Tensor, scale: Tensor, zero: Tensor, channels: int, group_size: int) -> Prepared:
         """Return the prepared weight, from the shelf or made now; arguments are checked already."""
-        key = id(packed)
-        state = _state(packed), _state(scale), _state(zero), channels, group_size
+        key, size = id(packed), min(group_size, channels)
         kept = self._kept.get(key)
-        if kept is not None and kept[0]() is packed and kept[1] == state:
-            return kept[2]
-        made = self.make(packed, scale, zero, channels, group_size)
+        if kept is not None and (kept.weight.channels, kept.weight.group_size) == (channels, size):
+            if kept.holds(packed, scale, zero):
+                return kept.weight
+        weight = self.make(packed, scale, zero, channels, group_size)
 
         def forget(gone: weakref.ref[Tensor]) -> None:
             here = self._kept.get(key)
-            if here is not None and here[0] is gone:  # the number may belong to another tensor by now
+            if here is not None and here.life is gone:  # the number may belong to another tensor by now
                 del self._kept[key]
 
-        self._kept[key] = weakref.ref(packed, forget), state, made
-        return made
+        values = scale.detach().clone(), zero.clone()
+        life = weakref.ref(packed, forget)
+        self._kept[key] = _Entry(life, _Seen(packed), _Seen(scale), _Seen(zero), values, weight)
+        return weight
 
     def make(self, packed: Tensor, scale: Tensor, zero: Tensor, channels: int, group_size: int) -> Prepared:
         """Repack a weight; arguments are checked already."""
