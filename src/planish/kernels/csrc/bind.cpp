@@ -84,6 +84,7 @@ void linear(std::uintptr_t data, std::int64_t out, std::int64_t in, std::int64_t
 Isa planish::isa_named(const std::string& name) { return named(name); }
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false); // a server that is stopped leaves through the system, not through Python
     m.def("best_isa", [] { return name_of(planish::best_isa()); });
     m.def("active_isa", [] { return name_of(planish::active_isa()); });
     m.def("runnable", &runnable);
