@@ -177,7 +177,7 @@ class Tally:
         if "nll" in sums:
             out["perplexity"] = mean("nll").through(_exp)
             hit, sure = torch.cat(self.hit), torch.cat(self.confidence)
-            window = torch.repeat_interleave(torch.arange(windows), torch.tensor([len(part) for part in self.hit]))
+            window = torch.repeat_interleave(torch.arange(windows), sums["tokens"].long())
             found = assess_calibration(hit, sure, groups=window, confidence=confidence, n_points=129)
             out |= {"smooth_ece": found.ece, "calibration": found}
             if paired:

@@ -7,7 +7,7 @@ from torch import nn
 
 import planish
 from planish.metrics import smooth_ece
-from planish.quant import compare, evaluate, quantize, rtn
+from planish.quant import compare, evaluate, quantize, rtn, scores
 from planish.quant.evaluation import Evaluation
 from planish.quant.intervals import Estimate, Resamples
 
@@ -55,6 +55,21 @@ def test_figures_equal_a_direct_computation():
     assert got.kl.low < got.kl.value < got.kl.high
     assert (got.windows, got.tokens) == (12, 12 * 23)
     assert got.bytes < evaluate(base, [ids]).bytes
+
+
+def test_windows_longer_than_what_is_held_at_a_time_are_resampled_whole():
+    model, ids = llama(0), text(rows=3, length=60)
+    whole = evaluate(model, [ids], llama(1))
+    scores.CHUNK, kept = 16, scores.CHUNK
+    try:
+        pieces = evaluate(model, [ids], llama(1))
+    finally:
+        scores.CHUNK = kept
+    assert (pieces.windows, pieces.tokens) == (3, 3 * 59)
+    assert pieces.calibration.ece == pytest.approx(whole.calibration.ece, rel=1e-9)
+    assert (pieces.calibration.low, pieces.calibration.high) == pytest.approx(
+        (whole.calibration.low, whole.calibration.high), rel=1e-9
+    )
 
 
 def test_loss_is_seen_on_the_text_of_the_base():
