@@ -145,7 +145,8 @@ def test_weights_from_disk_go_back_to_it(tmp_path):
     report = quantize(model, [nets.ids()], rtn(group_size=16), weights=weights)
     assert [b.name for b in report.blocks] == ["blocks.0", "blocks.1"]
     quantize(stored, [nets.ids()], rtn(group_size=16))
-    assert torch.equal(model(nets.ids())["logits"], stored(nets.ids())["logits"])
+    with torch.no_grad():  # where a gradient is asked for the exact path runs, and only one of the two asks
+        assert torch.equal(model(nets.ids())["logits"], stored(nets.ids())["logits"])
 
 
 def test_a_run_goes_on_after_an_exception(tmp_path):
