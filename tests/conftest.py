@@ -93,3 +93,10 @@ def pytest_terminal_summary(terminalreporter, config):
         widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
         for row in [dict(zip(columns, columns, strict=True)), *rows]:
             terminalreporter.line("  ".join(row[c].ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
+
+
+@pytest.fixture
+def unchecked(request: pytest.FixtureRequest) -> None:
+    """Skip where shapes are checked: the checks cannot be part of a compiled graph."""
+    if request.config.getoption("--shapes"):
+        pytest.skip("checked functions cannot be compiled")

@@ -97,6 +97,7 @@ def test_an_input_that_is_not_finite_gives_a_result_that_is_not():
     assert not y[1].isfinite().any()
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("act", [None, *ACTS.values()], ids=["W4A16", *ACTS.keys()])
 def test_a_compiled_model_is_one_graph_and_gives_the_same(act):
     torch._dynamo.reset()  # or the cases count as one model compiled too often

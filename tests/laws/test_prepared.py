@@ -211,6 +211,7 @@ def test_temporary_scales_and_zero_points_are_told_apart_by_what_they_hold():
         assert torch.equal(y, fresh), step
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_compiled_layer_follows_its_weight_and_prepares_it_once():
     linear = torch.nn.Linear(96, 40)
     layer = QLinear.of(Affine(4, group_size=32, symmetric=False).encode(linear.weight.detach()), linear.bias)

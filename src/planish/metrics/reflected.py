@@ -83,7 +83,7 @@ def deposit(
     return made
 
 
-def host(nodes: Float[Tensor, "columns nodes"]) -> Array:
+def host(nodes: Float[Tensor, "*columns nodes"]) -> Array:
     """Return what lies on the nodes in the memory of the processor, where all that follows is quickest."""
     out: Array = nodes.detach().cpu().numpy()
     return out
