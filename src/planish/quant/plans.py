@@ -71,15 +71,13 @@ class SearchAlpha:
 
     def __call__(self, walk: Walk, method: Method) -> Method:
         """Return the method with the alphas that were found."""
-        if self.objective is None:
-            return replace(self, objective=_objective(walk))(walk, method)
         smooth: Any = method.transform
         walk = walk.first(self.tokens)
         wanted, method = method, replace(method, round=Nearest())
         plain = replace(method, transform=no_transform)
         curve = self._compare(walk, [plain, *(self._with(method, alpha=a) for a in self.grid)], "alpha")
         findings: dict[str, Any] = {
-            "objective": self.objective,
+            "objective": self._judge(walk),
             "alpha": {"none" if a is None else a: x for a, x in zip((None, *self.grid), curve.losses, strict=True)},
         }
         if curve.best == 0 and self.granularity == "model":
@@ -105,8 +103,14 @@ class SearchAlpha:
         return replace(method, findings=findings)
 
     def _compare(self, walk: Walk, methods: list[Method], stage: str) -> Choice:
-        objective = self.objective or _objective(walk)
-        return compare(walk, methods, objective=objective, drop=self.drop, stage=f"search {stage}")
+        return compare(walk, methods, objective=self._judge(walk), drop=self.drop, stage=f"search {stage}")
+
+    def _judge(self, walk: Walk) -> str:
+        """Return the objective asked for; for None, "kl" where there is an output head, whose predictions count."""
+        if self.objective is not None:
+            return self.objective
+        find: Callable[[], Any] | None = getattr(walk.stream.model, "get_output_embeddings", None)
+        return "hidden_mse" if find is None or find() is None else "kl"
 
     @staticmethod
     def _with(method: Method, alpha: float | None = None, exceptions: dict[str, float | None] | None = None) -> Method:
@@ -191,12 +195,6 @@ class SearchAlpha:
         if walk.journal:
             walk.journal.remember("proposals", proposals)
         return proposals
-
-
-def _objective(walk: Walk) -> str:
-    """Return "kl" for a model with an output head, whose predictions are what counts."""
-    find: Callable[[], Any] | None = getattr(walk.stream.model, "get_output_embeddings", None)
-    return "hidden_mse" if find is None or find() is None else "kl"
 
 
 def _visit(walk: Walk, look: Callable[[Any, Any], None], *, measured: bool) -> None:
