@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float64]
 REUSE_MEMORY = False  # the allocator as it is in anybody's process
 
 
-def quadrature(y: Array, f: Array, s: float, points: int = 4001) -> float:
+def quadrature(y: Array, f: Array, s: float, points: int = 3001) -> float:
     """Return smECE_s by its definition: images of the Gaussian, summed over samples; trapezoids."""
     t, q, images = np.linspace(0, 1, points)[:, None], np.zeros(points), math.ceil(2 + 4 * s)
     for i in range(0, len(f), 100):
@@ -56,7 +56,9 @@ def cases(n: int) -> Iterator[tuple[str, Array, Array]]:
     yield "two atoms", np.repeat([1.0, 0.0], n // 2), np.repeat([0.49, 0.51], n // 2)
     g = random.beta(0.3, 0.05, n)
     yield "over-confident", (random.random(n) < 0.7 * g).astype(float), g
+    yield "n = 20, calibrated", (random.random(20) < f[:20]).astype(float), f[:20]
     yield "n = 5, y = 1[f < 1/2]", (f[:5] < 0.5).astype(float), f[:5]
+    yield "n = 4, at the ends", np.array([1.0, 0.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.3])
 
 
 def rows(

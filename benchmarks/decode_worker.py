@@ -108,9 +108,9 @@ class Float:
 
 
 def read_rate(size: int, repeats: int = 7) -> float:
-    from planish.kernels import placing  # noqa: PLC0415
+    from planish.kernels import cpu, placing  # noqa: PLC0415
 
-    native, arena = placing.module(), placing.Arena()
+    native, arena = cpu.module(), placing.Arena()
     arena.place(size)
     arena.open()  # large pages, as our weights have
     data = arena.memory

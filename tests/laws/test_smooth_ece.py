@@ -7,39 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.calibration import cases, quadrature
 from planish.metrics import SmoothECE, reflected, smooth_ece
 
-
-def quadrature(y, f, s, points=3001):
-    """smECE_s by its definition: images of the Gaussian, summed; trapezoids, with changes of sign put right."""
-    t, q, images = np.linspace(0, 1, points)[:, None], np.zeros(points), math.ceil(2 + 4 * s)
-    for i in range(0, len(f), 100):
-        for m, sign in itertools.product(range(-images, images + 1), (1, -1)):
-            z = (t - sign * f[i : i + 100] - 2 * m) / s
-            if np.abs(z).min() < 9:
-                q += np.exp(-(z**2) / 2) @ (f - y)[i : i + 100]
-    q /= len(f) * s * math.sqrt(2 * math.pi)
-    size, flips = np.abs(q), q[1:] * q[:-1] < 0
-    a, b = size[1:][flips], size[:-1][flips]
-    return (size.sum() - (size[0] + size[-1]) / 2 + ((a + b) / 6 - a * b / (a + b)).sum()) / (points - 1)
-
-
-def cases():
-    random = np.random.default_rng(1)
-    n = 200
-    f = random.random(n)
-    yield "calibrated", (random.random(n) < f).astype(float), f
-    yield "f^1.3", (random.random(n) < f**1.3).astype(float), f
-    yield "anti", (f < 0.5).astype(float), f
-    yield "two atoms", np.repeat([1.0, 0.0], n // 2), np.repeat([0.49, 0.51], n // 2)
-    g = random.beta(0.3, 0.05, n)
-    yield "over-confident", (random.random(n) < 0.7 * g).astype(float), g
-    yield "twenty", (random.random(20) < f[:20]).astype(float), f[:20]
-    yield "five, anti", (f[:5] < 0.5).astype(float), f[:5]
-    yield "ends", np.array([1.0, 0.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.3])
-
-
-CASES = list(cases())
+CASES = list(cases(200))
 Y, F = CASES[1][1:]
 
 

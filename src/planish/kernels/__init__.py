@@ -187,8 +187,10 @@ def qgemm(
 ) -> Float[Tensor, "*rows out"]:
     """Multiply an encoded activation by a packed weight, and add a low-rank float branch and the bias.
 
-    y = ((xq - x_zero) * x_scale) @ ((codes - zero) * scale).T + x @ down.T @ up.T + bias. The result is the exact sum
-    to float64, rounded once. Not differentiable: a backward pass warns.
+    y = ((xq - x_zero) * x_scale) @ ((codes - zero) * scale).T + x @ down.T @ up.T + bias. Products and sums of
+    integers are exact everywhere; the reference adds what they are scaled to in float64 and rounds once, the compiled
+    kernels add it in float32 (the bound is in csrc/qgemm.h), with the same bits for any instruction set and number of
+    threads. Not differentiable: a backward pass warns.
 
     Args:
         xq: Signed codes of the activation, as `quantize_rows` makes them.

@@ -40,6 +40,27 @@ def _choose(native: ModuleType, wanted: str | None) -> str:
 isa: str = "none" if _native is None else _choose(_native, os.environ.get("PLANISH_ISA"))
 
 
+def module() -> ModuleType:
+    """Return the compiled module.
+
+    Raises:
+        ImportError: There is none; the message says why.
+    """
+    if _native is None:
+        raise ImportError(f"planish.kernels: the compiled module is absent ({absence}).")
+    return _native
+
+
+def compiled(op: str) -> bool:
+    """Say whether there is a compiled module; warn once for an op that runs without."""
+    if _native is None:
+        warn_once(
+            f"planish.kernels: the compiled module is absent, so {op} runs on the slow reference; "
+            f"reinstall planish where a C++17 compiler is found ({absence})."
+        )
+    return _native is not None
+
+
 def _w4a16(
     x: Tensor,
     packed: Tensor,
@@ -51,12 +72,7 @@ def _w4a16(
     group_size: int,
     activation_bits: int | None = None,
 ) -> Tensor:
-    if _native is None:
-        warn_once(
-            "planish.kernels: the compiled module is absent, so 4-bit layers run on the slow reference; "
-            f"reinstall planish where a C++17 compiler is found ({absence})."
-        )
-    if _native is not None and _shelf is not None and bits == 4:
+    if compiled("w4a16") and _shelf is not None and bits == 4:
         check_w4a16(x, packed, scale, zero, bias, bits, group_size, activation_bits)
         if activation_bits is not None and x.dtype is not torch.float64:
             weight = _shelf.find(packed, scale, zero, x.shape[-1], group_size)
@@ -73,14 +89,14 @@ def run_prepared(
     x: Tensor, weight: Prepared, bias: Tensor | None, *, activation_bits: int, threads: int | None = None
 ) -> Tensor:
     """Multiply by a prepared weight; arguments are checked already."""
-    if _native is None or weight.data is None:
-        raise ImportError(f"planish.kernels: no compiled module, or no prepared weight ({absence}).")
+    if weight.data is None:
+        raise bad("planish.kernels", "weight", "one that could be prepared", weight)
     x_f = x.to(torch.float32).contiguous()
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
     y = x_f.new_empty((*x.shape[:-1], weight.out))
     if y.numel() > 0:
-        _native.linear(
+        module().linear(
             weight.data.data_ptr(),
             weight.out,
             weight.channels,
@@ -108,8 +124,6 @@ def run_w4a16(
     threads: int | None = None,
 ) -> Tensor:
     """Call the compiled `w4a16` on checked arguments (float32, 4 bits), with a named instruction set."""
-    if _native is None:
-        raise ImportError(f"planish.kernels: the compiled module is absent ({absence}).")
     out, channels = packed.shape[0], x.shape[-1]
     # The names keep converted copies alive until the call returns.
     x, packed, zero = x.contiguous(), packed.contiguous(), zero.contiguous()
@@ -119,7 +133,7 @@ def run_w4a16(
     y = x.new_empty((*x.shape[:-1], out))
     if y.numel() == 0:
         return y
-    _native.w4a16(
+    module().w4a16(
         x.data_ptr(),
         packed.data_ptr(),
         scale.data_ptr(),

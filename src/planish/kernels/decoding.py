@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from planish._support import bad
-from planish.kernels.placing import SCALES, TILE, Arena, Matrix, Slice, check_matrix, module, reserve, rows_of
+from planish.kernels import cpu
+from planish.kernels.placing import SCALES, TILE, Arena, Matrix, Slice, check_matrix, reserve, rows_of
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 GATES = ("silu", "gelu_tanh", "gelu")
@@ -125,7 +126,7 @@ class NativeDecoder:
         head: Head,
         parts: int = 1,
     ) -> None:
-        native = module()
+        native = cpu.module()
         self.shape = shape
         self.kept: list[Tensor] = []
         self.cache: _Cache | None = None
@@ -234,7 +235,7 @@ class NativeDecoder:
             scale = (scale if scale.dtype in SCALES else scale.float()).contiguous()
             zero = None if m.zero is None else m.zero[x.first : x.last].contiguous()
             prepared = arena.memory.data_ptr() + x.offset
-            module().prepare(
+            cpu.module().prepare(
                 packed.data_ptr(), scale.data_ptr(), SCALES[scale.dtype], 0 if zero is None else zero.data_ptr(),
                 x.last - x.first, m.channels, m.group_size, prepared, torch.get_num_threads(),
             )  # fmt: skip

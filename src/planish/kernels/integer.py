@@ -3,32 +3,14 @@
 Only results in float64, which are to be exact, run on the definition of `qgemm`.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from planish._support import warn_once
 from planish.kernels import cpu
 from planish.kernels.checks import check_qgemm, check_quantize_rows, check_rotate
 from planish.kernels.ops import LIBRARY, qgemm_reference, quantize_rows_reference, rotate_reference
 
 _REAL = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-
-
-def _module() -> ModuleType:
-    if cpu._native is None:
-        raise ImportError(f"planish.kernels: the compiled module is absent ({cpu.absence}).")
-    return cpu._native
-
-
-def _compiled(op: str) -> bool:
-    if cpu._native is None:
-        warn_once(
-            f"planish.kernels: the compiled module is absent, so {op} runs on the slow reference; "
-            f"reinstall planish where a C++17 compiler is found ({cpu.absence})."
-        )
-    return cpu._native is not None
 
 
 def _address(t: Tensor | None) -> int:
@@ -58,7 +40,7 @@ def run_quantize_rows(
     if codes.numel() == 0:
         return codes, scale, zero
     x = (x.to(torch.float32) if x.dtype is torch.float64 else x).contiguous()
-    _module().quantize_rows(
+    cpu.module().quantize_rows(
         _address(x),
         _address(codes),
         _address(scale),
@@ -71,7 +53,7 @@ def run_quantize_rows(
         _REAL[x.dtype],
         _REAL[scale_dtype],
         threads or torch.get_num_threads(),
-        instructions or _module().active_isa(),
+        instructions or cpu.module().active_isa(),
     )
     return codes, scale, zero
 
@@ -107,7 +89,7 @@ def run_qgemm(
     low, rank = None, 0
     if down is not None and up is not None and x is not None and down.shape[0] > 0:
         low, up, rank = (_float32(x) @ _float32(down).mT).contiguous(), _float32(up), down.shape[0]
-    _module().qgemm(
+    cpu.module().qgemm(
         _address(xq),
         _address(x_scale),
         _address(x_zero),
@@ -127,7 +109,7 @@ def run_qgemm(
         bits,
         _REAL[scale.dtype],
         threads or torch.get_num_threads(),
-        instructions or _module().active_isa(),
+        instructions or cpu.module().active_isa(),
     )
     return y
 
@@ -149,7 +131,7 @@ def run_rotate(
     shared = count > 1 and blocks.stride(0) == 0  # one matrix for all blocks, not copied
     blocks = (blocks[:1] if shared else blocks).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     index = None if index is None else index.to(torch.int64).contiguous()
-    _module().rotate(
+    cpu.module().rotate(
         _address(x),
         _address(blocks),
         _address(index),
@@ -160,7 +142,7 @@ def run_rotate(
         0 if shared else size * size,
         _REAL[x.dtype],
         threads or torch.get_num_threads(),
-        instructions or _module().active_isa(),
+        instructions or cpu.module().active_isa(),
     )
     return y
 
@@ -168,7 +150,7 @@ def run_rotate(
 def _quantize_rows(
     x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = run_quantize_rows if _compiled("quantize_rows") else quantize_rows_reference
+    run = run_quantize_rows if cpu.compiled("quantize_rows") else quantize_rows_reference
     check_quantize_rows(x, bits, group_size, scale_dtype)
     return run(x, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
 
@@ -190,7 +172,7 @@ def _qgemm(
     x: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not _compiled("qgemm") or dtype is torch.float64:
+    if not cpu.compiled("qgemm") or dtype is torch.float64:
         return qgemm_reference(
             xq, x_scale, packed, scale, zero, bias, bits=bits, group_size=group_size, x_zero=x_zero,
             x_group_size=x_group_size, down=down, up=up, x=x, dtype=dtype,
@@ -203,7 +185,7 @@ def _qgemm(
 
 
 def _rotate(x: Tensor, blocks: Tensor, index: Tensor | None) -> Tensor:
-    run = run_rotate if _compiled("rotate") else rotate_reference
+    run = run_rotate if cpu.compiled("rotate") else rotate_reference
     check_rotate(x, blocks, index)
     return run(x, blocks, index)
 

@@ -8,7 +8,7 @@ import contextlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,16 +23,9 @@ SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WHERE = "planish.kernels.NativeDecoder"
 
 
-def module() -> Any:  # noqa: ANN401  (the compiled module has no types)
-    """Return the compiled module, or say why there is none."""
-    if cpu._native is None:
-        raise ImportError(f"planish.kernels: the compiled module is absent ({cpu.absence}).")
-    return cpu._native
-
-
 def instructions() -> str:
     """Return the instruction set in use."""
-    return str(module().active_isa())
+    return str(cpu.module().active_isa())
 
 
 def absence() -> str:
@@ -121,5 +114,6 @@ def reserve(arena: Arena, m: Matrix, first: int, last: int, column: int) -> Slic
     offset = 0
     if m.packed is not None and m.scale is not None:
         kind = SCALES.get(m.scale.dtype, 0)
-        offset = arena.place(module().prepared_bytes(last - first, m.channels, m.group_size, kind, m.zero is not None))
+        size = cpu.module().prepared_bytes(last - first, m.channels, m.group_size, kind, m.zero is not None)
+        offset = arena.place(size)
     return Slice(m, first, last, column, offset)
