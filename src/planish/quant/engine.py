@@ -364,7 +364,7 @@ def _process_blocks(
                 journal.store(first + index, block, entry)
             stream.release(index)  # without a journal the quantized layers are nowhere else
         report.add(entry)
-        walk.progress("quantize", first + index + 1, walk.blocks)
+        walk.progress("quantize", first + index + 1, first + 1 if stream.whole else walk.blocks)
     return clean, hidden
 
 

@@ -208,7 +208,13 @@ def _tokenizer(gguf: ModuleType, writer: Any, source: Path, vocabulary: int) -> 
     options = files.read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     model = made.get("model")
     pre = _pre_tokenizer(made.get("pre_tokenizer"))
-    if not isinstance(model, dict) or model.get("type") != "BPE" or pre is None or model.get("byte_fallback"):
+    if (
+        not isinstance(model, dict)
+        or model.get("type") != "BPE"
+        or pre is None
+        or model.get("byte_fallback")
+        or not model.get("merges")
+    ):
         raise CheckpointError(
             "`tokenizer.json` cannot be written as GGUF: only byte-level BPE with the splitting of GPT-2, Llama 3, "
             "Qwen2 or SmolLM is; take it away to export without a tokenizer.", "unsupported"

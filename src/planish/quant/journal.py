@@ -228,6 +228,8 @@ class Journal:
                 holder = module.get_submodule(owner)
                 made = nn.Parameter(tensor, requires_grad=False) if last in holder._parameters else tensor
                 setattr(holder, last, made)
+            if not body["block"]:  # its blocks were no chain, and it was processed whole
+                return
 
     def pause(self, key: str, index: int, states: Mapping[int, list[Tensor]]) -> None:
         """Keep where a search stands: the hidden states of its candidates after block `index`.

@@ -2,9 +2,8 @@
 
 The blocks are the heaviest `ModuleList` whose elements are of one class; a model without one is a single block. An
 encoder-decoder has two such stacks, each walked by a stream of its own: the second while the first answers with what
-left its last block. What
-a block receives beside its hidden states (masks, position embeddings) is found by running the model once with its
-blocks replaced by recorders, so that nothing about any architecture needs to be known.
+left its last block. What a block receives beside its hidden states (masks, position embeddings) is found by running the
+model once with its blocks replaced by recorders, so that nothing about any architecture needs to be known.
 """
 
 import inspect

@@ -343,3 +343,22 @@ def test_layers_that_cannot_be_kept_are_refused(tmp_path):
         block.module.norm.register_forward_pre_hook(lambda module, args: args)
         with pytest.raises(TypeError, match=r"`blocks\.0\.norm` applies a transform outside a quantized layer"):
             journal.store(0, block, None)
+
+
+def test_a_model_that_was_processed_whole_is_attached(tmp_path):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(32, 32) for _ in range(3)])
+
+        def forward(self, x):
+            return sum(head(x) for head in self.heads)
+
+    torch.manual_seed(0)
+    model, x = Heads(), torch.randn(8, 32)
+    float_weights = {k: v.clone() for k, v in model.state_dict().items()}
+    quantize(model, [x], rtn(group_size=16), journal=Journal(tmp_path))
+    twin = Heads()
+    twin.load_state_dict(float_weights)
+    Journal(tmp_path).attach(twin)
+    assert torch.equal(twin(x), model(x))
