@@ -1,6 +1,7 @@
 """Shared by all tests: fixed seeds, shapes checked on demand, and the table of claims."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers that spin for each other's cores are several times slower
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+        torch.set_num_threads(1)
     if config.getoption("--shapes"):
         from jaxtyping import install_import_hook
 
