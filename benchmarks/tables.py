@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.pivot import pivot
 from benchmarks.subjects import SUBJECTS
 
-PAGES = (
-    "README.md",
-    "docs/index.md",
-    "docs/papers/smoothquant_plus.md",
-    "docs/papers/smooth_ece.md",
-    "docs/papers/smoothie_hpo.md",
-    "docs/jobs/quantize.md",
-    "docs/jobs/run-it-fast.md",
-    "docs/reference/cli.md",
-)
 HEADLINE = "SmolLM2-135M, 4 bits, groups of 64"
 _BLOCK = re.compile(r"(<!-- table:(?P<name>[\w:+-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+PAGES = tuple(
+    str(page.relative_to(ROOT))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if "<!-- table:" in page.read_text(encoding="utf-8")
+)
 
 
 class Results:
@@ -328,6 +324,12 @@ def decode(results: Results, benchmark: str) -> str:
     )
 
 
+def rows(results: Results, benchmark: str) -> str:
+    """Return all rows of a benchmark that has no table of its own making."""
+    run = results.newest(benchmark)
+    return _unmeasured(benchmark) if run is None else pivot(run, benchmark)
+
+
 def render(name: str, results: Results) -> str:
     """Return the table of a marker.
 
@@ -344,6 +346,7 @@ def render(name: str, results: Results) -> str:
         "calibration": lambda: calibration(results),
         "tune": lambda: tune(results),
         "claims": lambda: claims(results, rest),
+        "rows": lambda: rows(results, rest),
         "cli": cli,
     }
     if kind not in makers:
