@@ -6,6 +6,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.kernels    run it fast
     planish.plugins    live inside other people's programs
     planish.metrics    is it calibrated?
+    planish.nn         layers, smooth where ReLU has a corner
     planish.tune       choose hyper-parameters
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
-_ROOMS = ("kernels", "metrics", "plugins", "quant", "tune")
+_ROOMS = ("kernels", "metrics", "nn", "plugins", "quant", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
