@@ -1,0 +1,162 @@
+"""Networks of a quantile process: a value and its slope in the level, for many levels of each row at once.
+
+`ProcessNetwork` takes the level as an input, and may fall; `RisingNetwork` predicts the density of levels, and cannot.
+Both hold several independent members, trained side by side, each on data of its own.
+
+Legend: e members; n rows; d features; m levels of a row; w width of a layer.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from planish.nn import requ
+
+ACTIVATIONS = ("requ", "relu", "tanh")
+ENCODINGS = ("level", "logit")
+_KNOTS = (0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 1)
+_EDGE = 1e-3  # logits are those of levels no closer to 0 and 1
+
+
+def _active(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the activation of z and its derivative."""
+    if activation == "requ":
+        return requ(z), 2 * z.relu()
+    if activation == "relu":
+        return z.relu(), (z > 0).to(z.dtype)
+    h = z.tanh()
+    return h, 1 - h.square()
+
+
+def encode_level(level: Tensor, encoding: str) -> tuple[Tensor, Tensor]:
+    """Return what the network sees of a level, as a last axis, and its derivative by the level."""
+    centred, two = 2 * level - 1, torch.full_like(level, 2)
+    if encoding == "level":
+        return centred[..., None], two[..., None]
+    inner = level.clamp(_EDGE, 1 - _EDGE)
+    logit, slope = inner.logit() / 4, 1 / (4 * inner * (1 - inner))  # / 4: about the range of the other input
+    return torch.stack([centred, logit], -1), torch.stack([two, slope * (inner == level)], -1)
+
+
+class _Layers(nn.Module):
+    """Linear layers of e members: weights (e, in, out), biases (e, 1, out)."""
+
+    def __init__(self, sizes: Sequence[int], n_members: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+            for kind, shape in ((self.weights, (n_members, fan_in, fan_out)), (self.biases, (n_members, 1, fan_out))):
+                uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+                kind.append(nn.Parameter(((2 * uniform - 1) / math.sqrt(fan_in)).to(dtype)))
+
+
+class ProcessNetwork(_Layers):
+    """A feed-forward network of (x, level) with a linear output.
+
+    Args:
+        n_features: Columns of x.
+        hidden: Widths of the hidden layers, at least one.
+        activation: One of `ACTIVATIONS`.
+        encoding: One of `ENCODINGS`: the level itself, or its logit beside it.
+        n_members: Independent networks.
+        dtype: Of the weights.
+        generator: Source of the initial weights, on the CPU.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        hidden: Sequence[int],
+        *,
+        activation: str = "requ",
+        encoding: str = "level",
+        n_members: int = 1,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator,
+    ) -> None:
+        n_levels = 1 if encoding == "level" else 2
+        super().__init__([n_features + n_levels, *hidden, 1], n_members, dtype, generator)
+        self.n_features, self.activation, self.encoding = n_features, activation, encoding
+
+    def forward(self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]) -> Float[Tensor, "e n m"]:
+        """Return the quantiles; e may be 1 where members share rows."""
+        return self._run(x, level, slopes=False)[0]
+
+    def with_slope(
+        self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]
+    ) -> tuple[Float[Tensor, "e n m"], Float[Tensor, "e n m"]]:
+        """Return the quantiles and their derivatives by the level, carried forward beside the values."""
+        value, slope = self._run(x, level, slopes=True)
+        assert slope is not None
+        return value, slope
+
+    def _run(self, x: Tensor, level: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor | None]:
+        encoded, rate = encode_level(level, self.encoding)
+        first = self.weights[0]
+        rows = x @ first[:, : self.n_features] + self.biases[0]  # (e, n, w): once a row, whatever m is
+        columns = first[:, None, self.n_features :]  # (e, 1, levels, w)
+        h = (rows[:, :, None] + encoded @ columns).flatten(1, 2)
+        dh = (rate @ columns).flatten(1, 2) if slopes else None
+        for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
+            if dh is None:
+                h = requ(h) if self.activation == "requ" else _active(h, self.activation)[0]
+            else:
+                h, rising = _active(h, self.activation)
+                dh = (rising * dh) @ weight
+            h = torch.baddbmm(bias, h, weight)
+        shape = (h.shape[0], *level.shape[1:])
+        return h.reshape(shape), None if dh is None else dh.reshape(shape)
+
+
+class RisingNetwork(_Layers):
+    """A network of x whose quantiles rise by construction: a median, and a positive density of levels to integrate.
+
+    The derivative by the level is linear between fixed knots, positive at each, and 0 at none; quantiles are its
+    integral from the median. Arguments are those of `ProcessNetwork`, without an encoding.
+    """
+
+    knots: Tensor
+
+    def __init__(
+        self,
+        n_features: int,
+        hidden: Sequence[int],
+        *,
+        activation: str = "requ",
+        n_members: int = 1,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__([n_features, *hidden, 1 + len(_KNOTS)], n_members, dtype, generator)
+        self.activation = activation
+        self.register_buffer("knots", torch.tensor(_KNOTS, dtype=dtype))
+
+    def forward(self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]) -> Float[Tensor, "e n m"]:
+        """Return the quantiles."""
+        return self.with_slope(x, level)[0]
+
+    def with_slope(
+        self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]
+    ) -> tuple[Float[Tensor, "e n m"], Float[Tensor, "e n m"]]:
+        """Return the quantiles and their derivatives by the level."""
+        h = torch.baddbmm(self.biases[0], x.expand(len(self.weights[0]), -1, -1), self.weights[0])
+        for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
+            h = torch.baddbmm(bias, _active(h, self.activation)[0], weight)
+        median, density = h[..., :1], nn.functional.softplus(h[..., 1:])  # (e, n, knots)
+        gaps = self.knots.diff()
+        steps = (density[..., 1:] + density[..., :-1]) / 2 * gaps  # what the quantile gains from knot to knot
+        rises = torch.cat([torch.zeros_like(median), steps.cumsum(-1)], -1)
+        level = level.expand(len(h), -1, -1).contiguous()
+        cell = (torch.searchsorted(self.knots, level.detach(), right=True) - 1).clamp(0, len(gaps) - 1)
+        part = level - self.knots[cell]
+        low, high = density.gather(-1, cell), density.gather(-1, cell + 1)
+        bend = (high - low) / gaps[cell]
+        middle = rises[..., len(gaps) // 2 : len(gaps) // 2 + 1]
+        value = median + rises.gather(-1, cell) - middle + part * (low + part * bend / 2)
+        return value, low + part * bend
+
+
+Network = ProcessNetwork | RisingNetwork
