@@ -15,6 +15,7 @@ NAMES = (
     "search",
     "calibration",
     "tune",
+    "quantiles",
     "serve",
     "load",
     "kernels",

@@ -145,7 +145,7 @@ def rows(
     skipped: dict[str, str] | None = None,
     **_: object,
 ) -> Iterator[Row]:
-    """Yield errors, crossings and seconds of every method on every law and table; each measurement is kept, to go on from.
+    """Yield errors, crossings and seconds of every method on every law and table; what was measured is kept.
 
     Args:
         quick: One law of 60 rows, one table, networks that hardly train.

@@ -8,6 +8,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.metrics    is it calibrated?
     planish.nn         layers, smooth where ReLU has a corner
     planish.tune       choose hyper-parameters
+    planish.regression predict a whole distribution
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
-_ROOMS = ("kernels", "metrics", "nn", "plugins", "quant", "tune")
+_ROOMS = ("kernels", "metrics", "nn", "plugins", "quant", "regression", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes

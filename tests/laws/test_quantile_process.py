@@ -19,8 +19,17 @@ def generator(seed=0):
 def networks(n_members=2, hidden=(7, 5)):
     for activation in ACTIVATIONS:
         for encoding in ENCODINGS:
-            yield f"{activation}, {encoding}", ProcessNetwork(
-                3, hidden, activation=activation, encoding=encoding, n_members=n_members, generator=generator(), **MANY
+            yield (
+                f"{activation}, {encoding}",
+                ProcessNetwork(
+                    3,
+                    hidden,
+                    activation=activation,
+                    encoding=encoding,
+                    n_members=n_members,
+                    generator=generator(),
+                    **MANY,
+                ),
             )
         yield (
             f"{activation}, hard",
@@ -187,9 +196,7 @@ def test_a_target_that_is_its_level_is_learnt(resample):
 def test_a_gradient_is_shortened_after_it_is_made():
     net = ProcessNetwork(1, (4,), n_members=2, generator=generator(), **MANY)
     before = [p.detach().clone() for p in net.parameters()]
-    data = Data(
-        torch.ones((2, 1), **MANY), torch.full((2,), 1e12, **MANY), None, torch.arange(2).expand(2, -1), None
-    )
+    data = Data(torch.ones((2, 1), **MANY), torch.full((2,), 1e12, **MANY), None, torch.arange(2).expand(2, -1), None)
     training = Training(net, data, Settings(0.0, None, True, 1, 0.1, 1, 2, None, 0.0), generator())
     training.run()
     norms = sum(p.grad.square().sum((1, 2)) for p in net.parameters()).sqrt()

@@ -1,7 +1,7 @@
 """Learn a whole conditional distribution: every quantile of a target, as one network that does not cross itself.
 
-How to choose: `QuantileProcessRegressor` for all levels at once, in the manner of scikit-learn; `QuantileFanDisplay`
-draws what it learnt. `PinballLoss` and `NonCrossingPenalty` (`pinball_loss`, `noncrossing_penalty` as functions) put the
+How to choose: `QuantileProcessRegressor` for all levels at once, as scikit-learn has it; `QuantileFanDisplay` draws
+what it learnt. `PinballLoss` and `NonCrossingPenalty` (`pinball_loss`, `noncrossing_penalty` as functions) put the
 same objective into a network of your own. The estimator needs scikit-learn, which loads on first touch.
 """
 

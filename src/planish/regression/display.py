@@ -123,7 +123,9 @@ class QuantileFanDisplay:
         if feature_name is None:
             feature_name = names[feature] if names else f"feature {feature}"
         points = None if y is None else (rows[:, feature], np.asarray(y, np.float64).ravel())
-        made = cls(grid[:, feature], curves, quantiles, feature_name=feature_name, target_name=target_name, points=points)
+        made = cls(
+            grid[:, feature], curves, quantiles, feature_name=feature_name, target_name=target_name, points=points
+        )
         return made.plot(ax=ax)
 
     def plot(self, *, ax: "Axes | None" = None, color: Any = _COLOR) -> "QuantileFanDisplay":  # noqa: ANN401
@@ -151,12 +153,9 @@ class QuantileFanDisplay:
             central = np.isclose(low + high, 1)
             label = f"{100 * (high - low):.3g} %" if central else f"{low:.3g} to {high:.3g}"
             tint = 0.1 + 0.35 * (i + 1) / (m // 2)  # bands lie one upon the other and add up
-            self.bands_.append(
-                ax.fill_between(
-                    self.x, self.curves[:, i], self.curves[:, m - 1 - i], color=color, alpha=tint, linewidth=0,
-                    label=label, zorder=1.5,
-                )  # fmt: skip
-            )
+            ends = self.curves[:, i], self.curves[:, m - 1 - i]
+            look = {"color": color, "alpha": tint, "linewidth": 0, "label": label, "zorder": 1.5}
+            self.bands_.append(ax.fill_between(self.x, *ends, **look))
         if m % 2:
             middle = self.levels[m // 2]
             label = "median" if middle == 0.5 else f"level {middle:.3g}"

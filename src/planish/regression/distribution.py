@@ -24,7 +24,8 @@ def weighted_quantiles(y: Array, weight: Array | None, levels: Array) -> Array:
     """Return the quantiles of a sample: where its cumulated weight first reaches the level."""
     order = np.argsort(y, kind="stable")
     mass = np.cumsum(np.ones(len(y)) if weight is None else weight[order])
-    return y[order][np.searchsorted(mass, levels * mass[-1] * (1 - 1e-12)).clip(0, len(y) - 1)]
+    at = np.searchsorted(mass, levels * mass[-1] * (1 - 1e-12)).clip(0, len(y) - 1)
+    return np.asarray(y[order][at], np.float64)
 
 
 def checked_levels(quantiles: Any, where: str) -> Array:  # noqa: ANN401
@@ -49,9 +50,7 @@ class ConditionalDistribution:
     def _curves(self, X: Any, levels: Array, *, slopes: bool = False) -> Array:  # noqa: ANN401
         raise NotImplementedError
 
-    def predict(
-        self, X: Any, quantiles: Any = None, *, rearrange: bool = False  # noqa: ANN401
-    ) -> Array:
+    def predict(self, X: Any, quantiles: Any = None, *, rearrange: bool = False) -> Array:  # noqa: ANN401
         """Predict conditional quantiles.
 
         Args:
@@ -110,7 +109,10 @@ class ConditionalDistribution:
             raise bad("predict_interval", "coverage", allowed, coverage)
         middle = interval.mean(1)  # where a narrowing is larger than the interval, its middle is left
         return np.stack(
-            [np.minimum(interval[:, 0] - misses[rank - 1], middle), np.maximum(interval[:, 1] + misses[rank - 1], middle)],
+            [
+                np.minimum(interval[:, 0] - misses[rank - 1], middle),
+                np.maximum(interval[:, 1] + misses[rank - 1], middle),
+            ],
             1,
         )
 
@@ -245,4 +247,3 @@ class ConditionalDistribution:
         curves = self._curves(X, _MIDDLES)
         _validation.check_consistent_length(curves, target)
         return pinball(target, curves, _MIDDLES)
-

@@ -34,7 +34,7 @@ def pinball_loss(
 
     Args:
         prediction: Predicted quantiles.
-        target: Observations, of the very shape of `prediction`: a (n, 1) beside a (n,) would pair everyone with everyone.
+        target: Observations, of the very shape of `prediction`: (n, 1) beside (n,) would pair all with all.
         level: Level of each prediction, in (0, 1): a float, or a tensor that broadcasts to `prediction` and no further.
         reduction: "mean" (default), "sum" or "none".
 

@@ -6,6 +6,7 @@ Both hold several independent members, trained side by side, each on data of its
 Legend: e members; n rows; d features; m levels of a row; w width of a layer.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -21,14 +22,16 @@ _KNOTS = (0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9
 _EDGE = 1e-3  # logits are those of levels no closer to 0 and 1
 
 
-def _active(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the activation of z and its derivative."""
+def _value(z: Tensor, activation: str) -> Tensor:
     if activation == "requ":
-        return requ(z), 2 * z.relu()
-    if activation == "relu":
-        return z.relu(), (z > 0).to(z.dtype)
-    h = z.tanh()
-    return h, 1 - h.square()
+        return requ(z)
+    return z.relu() if activation == "relu" else z.tanh()
+
+
+def _derivative(z: Tensor, activation: str) -> Tensor:
+    if activation == "requ":
+        return 2 * z.relu()
+    return (z > 0).to(z.dtype) if activation == "relu" else 1 - z.tanh().square()
 
 
 def encode_level(level: Tensor, encoding: str) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,7 @@ class _Layers(nn.Module):
     def __init__(self, sizes: Sequence[int], n_members: int, dtype: torch.dtype, generator: torch.Generator) -> None:
         super().__init__()
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             for kind, shape in ((self.weights, (n_members, fan_in, fan_out)), (self.biases, (n_members, 1, fan_out))):
                 uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
                 kind.append(nn.Parameter(((2 * uniform - 1) / math.sqrt(fan_in)).to(dtype)))
@@ -81,34 +84,31 @@ class ProcessNetwork(_Layers):
         super().__init__([n_features + n_levels, *hidden, 1], n_members, dtype, generator)
         self.n_features, self.activation, self.encoding = n_features, activation, encoding
 
-    def forward(self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]) -> Float[Tensor, "e n m"]:
-        """Return the quantiles; e may be 1 where members share rows."""
-        return self._run(x, level, slopes=False)[0]
+    def forward(self, x: Float[Tensor, "a n d"], level: Float[Tensor, "b n m"]) -> Float[Tensor, "e n m"]:
+        """Return the quantiles; a and b are e, or 1 where members share rows."""
+        h = self._first(x, encode_level(level, self.encoding)[0])
+        for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
+            h = torch.baddbmm(bias, _value(h, self.activation), weight)
+        return h.reshape(len(h), *level.shape[1:])
 
     def with_slope(
-        self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]
+        self, x: Float[Tensor, "a n d"], level: Float[Tensor, "b n m"]
     ) -> tuple[Float[Tensor, "e n m"], Float[Tensor, "e n m"]]:
         """Return the quantiles and their derivatives by the level, carried forward beside the values."""
-        value, slope = self._run(x, level, slopes=True)
-        assert slope is not None
-        return value, slope
-
-    def _run(self, x: Tensor, level: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor | None]:
         encoded, rate = encode_level(level, self.encoding)
-        first = self.weights[0]
-        rows = x @ first[:, : self.n_features] + self.biases[0]  # (e, n, w): once a row, whatever m is
-        columns = first[:, None, self.n_features :]  # (e, 1, levels, w)
-        h = (rows[:, :, None] + encoded @ columns).flatten(1, 2)
-        dh = (rate @ columns).flatten(1, 2) if slopes else None
+        h = self._first(x, encoded)
+        slope = (rate @ self.weights[0][:, None, self.n_features :]).flatten(1, 2)
         for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
-            if dh is None:
-                h = requ(h) if self.activation == "requ" else _active(h, self.activation)[0]
-            else:
-                h, rising = _active(h, self.activation)
-                dh = (rising * dh) @ weight
-            h = torch.baddbmm(bias, h, weight)
-        shape = (h.shape[0], *level.shape[1:])
-        return h.reshape(shape), None if dh is None else dh.reshape(shape)
+            slope = (_derivative(h, self.activation) * slope) @ weight
+            h = torch.baddbmm(bias, _value(h, self.activation), weight)
+        shape = (len(h), *level.shape[1:])
+        return h.reshape(shape), slope.reshape(shape)
+
+    def _first(self, x: Tensor, encoded: Tensor) -> Tensor:
+        """Return what enters the first activation, (e, n m, w); of x once a row, whatever m is."""
+        first = self.weights[0]
+        rows = x @ first[:, : self.n_features] + self.biases[0]
+        return (rows[:, :, None] + encoded @ first[:, None, self.n_features :]).flatten(1, 2)
 
 
 class RisingNetwork(_Layers):
@@ -134,17 +134,17 @@ class RisingNetwork(_Layers):
         self.activation = activation
         self.register_buffer("knots", torch.tensor(_KNOTS, dtype=dtype))
 
-    def forward(self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]) -> Float[Tensor, "e n m"]:
+    def forward(self, x: Float[Tensor, "a n d"], level: Float[Tensor, "b n m"]) -> Float[Tensor, "e n m"]:
         """Return the quantiles."""
         return self.with_slope(x, level)[0]
 
     def with_slope(
-        self, x: Float[Tensor, "e n d"], level: Float[Tensor, "e n m"]
+        self, x: Float[Tensor, "a n d"], level: Float[Tensor, "b n m"]
     ) -> tuple[Float[Tensor, "e n m"], Float[Tensor, "e n m"]]:
         """Return the quantiles and their derivatives by the level."""
         h = torch.baddbmm(self.biases[0], x.expand(len(self.weights[0]), -1, -1), self.weights[0])
         for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
-            h = torch.baddbmm(bias, _active(h, self.activation)[0], weight)
+            h = torch.baddbmm(bias, _value(h, self.activation), weight)
         median, density = h[..., :1], nn.functional.softplus(h[..., 1:])  # (e, n, knots)
         gaps = self.knots.diff()
         steps = (density[..., 1:] + density[..., :-1]) / 2 * gaps  # what the quantile gains from knot to knot

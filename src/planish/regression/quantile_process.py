@@ -60,9 +60,7 @@ _CHUNK = 2**22  # numbers in the widest activation of one pass of predict
 _MAD = 1.4826  # makes the median absolute deviation of a Gaussian its standard deviation
 
 
-class QuantileProcessRegressor(  # type: ignore[misc, name-defined]
-    ConditionalDistribution, _base.RegressorMixin, _base.BaseEstimator
-):
+class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _base.BaseEstimator):  # type: ignore[misc, name-defined]
     """Learn all conditional quantiles of a target at once, as one network of features and level.
 
     Args:
@@ -207,7 +205,7 @@ class QuantileProcessRegressor(  # type: ignore[misc, name-defined]
         )
         settings = Settings(
             penalty=self.penalty_,
-            levels=None if self.level_law == "uniform" else self.level_law,  # type: ignore[arg-type]
+            levels=None if self.level_law == "uniform" else self.level_law,
             resample=self.resample_levels,
             n_levels=self.n_levels,
             learning_rate=self.learning_rate_init,
@@ -248,7 +246,9 @@ class QuantileProcessRegressor(  # type: ignore[misc, name-defined]
         if not (_is_real(self.validation_fraction) and 0 < self.validation_fraction < 1):
             raise bad(_WHERE, "validation_fraction", "a float in (0, 1)", self.validation_fraction)
         law = self.level_law
-        if law != "uniform" and not (isinstance(law, tuple) and len(law) == 2 and all(_is_real(v) and v > 0 for v in law)):
+        if law != "uniform" and not (
+            isinstance(law, tuple) and len(law) == 2 and all(_is_real(v) and v > 0 for v in law)
+        ):
             raise bad(_WHERE, "level_law", "'uniform' or a pair of floats > 0", law)
 
     def _kind(self) -> torch.dtype:
@@ -273,8 +273,8 @@ class QuantileProcessRegressor(  # type: ignore[misc, name-defined]
         if not self.standardize:
             return
         self.X_offset_ = np.average(X, axis=0, weights=weight)
-        spread = np.sqrt(np.average((X - self.X_offset_) ** 2, axis=0, weights=weight))
-        self.X_scale_ = np.where(spread > 0, spread, 1.0)
+        deviation = np.sqrt(np.average((X - self.X_offset_) ** 2, axis=0, weights=weight))
+        self.X_scale_ = np.where(deviation > 0, deviation, 1.0)
         median = float(weighted_quantiles(y, weight, np.array([0.5]))[0])
         away = np.abs(y - median)
         spread = _MAD * float(weighted_quantiles(away, weight, np.array([0.5]))[0])
@@ -283,7 +283,7 @@ class QuantileProcessRegressor(  # type: ignore[misc, name-defined]
         self.y_offset_, self.y_scale_ = median, spread if spread > 0 else 1.0
 
     def _split(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the rows of each member, to learn from and to be judged on; the latter move on from member to member."""
+        """Return the rows that each member learns from, and those it is judged on: others for each."""
         order = torch.randperm(n, generator=generator)
         if not self.early_stopping:
             return order.expand(self.n_members, -1), None

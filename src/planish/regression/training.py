@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from planish._support import require
 from planish.regression.losses import pinball_loss
 from planish.regression.network import Network
 
@@ -68,9 +69,8 @@ def draw_levels(
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     uniform = (torch.arange(m) + uniform) / m
     if law is not None:
-        from scipy.special import betaincinv  # noqa: PLC0415  (scikit-learn brings it)
-
-        uniform = torch.from_numpy(betaincinv(*law, uniform.numpy()))
+        special = require("scipy.special", "sklearn", "a Beta law of levels")
+        uniform = torch.from_numpy(special.betaincinv(*law, uniform.numpy()))
     tiny = 1e-6
     return uniform.clamp(tiny, 1 - tiny).to(like)
 
@@ -122,7 +122,7 @@ class Training:
                 break
             if data.held_out is None or epoch % every:
                 continue
-            losses = self._validate()
+            losses = self._validate(data.held_out)
             self.history.validation.append((epoch, float(losses.mean())))
             better = losses < best
             best = torch.where(better, losses, best)
@@ -132,8 +132,6 @@ class Training:
                 last_best = self.history.best_epoch = epoch
             if settings.patience is not None and epoch - last_best >= settings.patience:
                 break
-        else:
-            epoch = settings.max_epochs
         final = self._averaged if data.held_out is None else kept
         if data.held_out is None:
             self.history.best_epoch = len(self.history.loss)
@@ -170,7 +168,7 @@ class Training:
         if slope is not None and settings.penalty > 0:
             total = total + settings.penalty * _mean((-slope).clamp_min(0), points).sum()
         self._optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         self._clip()
         self._optimizer.step()
         self._step += 1
@@ -181,19 +179,17 @@ class Training:
     def _clip(self) -> None:
         """Shorten the gradient of each member to the norm `_CLIP`, after the backward pass has made it."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        square = sum(g.square().sum((1, 2)) for g in gradients)
-        assert isinstance(square, Tensor)
+        square = torch.stack([g.square().sum((1, 2)) for g in gradients]).sum(0)
         factor = (_CLIP / square.sqrt().clamp_min(1e-12)).clamp_max(1)[:, None, None]
         for g in gradients:
             g.mul_(factor)
 
     @torch.no_grad()
-    def _validate(self) -> Tensor:
+    def _validate(self, held_out: Tensor) -> Tensor:
         """Return the integrated pinball loss of each member's averaged weights on the rows that it does not see."""
         data = self.data
-        assert data.held_out is not None
-        x, y = data.x[data.held_out], data.y[data.held_out]
-        weight = None if data.weight is None else data.weight[data.held_out]
+        x, y = data.x[held_out], data.y[held_out]
+        weight = None if data.weight is None else data.weight[held_out]
         level = (torch.arange(_VALIDATION_LEVELS).to(x) + 0.5) / _VALIDATION_LEVELS
         level = level.expand(*y.shape, -1)
         current = [p.detach().clone() for p in self._parameters]

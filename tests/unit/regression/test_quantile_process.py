@@ -24,7 +24,13 @@ def table(n=120, d=2, seed=0):
 
 def quick(**given):
     return QuantileProcessRegressor(
-        **{"hidden_layer_sizes": (12, 12), "n_members": 2, "max_iter": 60, "learning_rate_init": 5e-3, "random_state": 0}
+        **{
+            "hidden_layer_sizes": (12, 12),
+            "n_members": 2,
+            "max_iter": 60,
+            "learning_rate_init": 5e-3,
+            "random_state": 0,
+        }
         | given
     )
 
@@ -235,7 +241,9 @@ def test_bad_data_are_refused(fitted):
         quick().fit(X, np.stack([y, y], 1))
     with pytest.raises(ValueError, match="minimum of 2 is required"):
         quick().fit(X[:1], y[:1])
-    with pytest.raises(ValueError, match=r"`sample_weight` must be positive somewhere; got 'weights that are all 0'\.$"):
+    with pytest.raises(
+        ValueError, match=r"`sample_weight` must be positive somewhere; got 'weights that are all 0'\.$"
+    ):
         quick().fit(X, y, sample_weight=np.zeros(20))
     with pytest.raises(ValueError, match="[Nn]egative values"):
         quick().fit(X, y, sample_weight=-np.ones(20))
