@@ -18,10 +18,10 @@ from planish.regression import QuantileProcessRegressor
 EXPECTED = {
     "check_sample_weight_equivalence_on_dense_data": "sample_weight is not equivalent to removing or repeating samples",
 }
-SMALL = {"hidden_layer_sizes": (8,), "n_members": 2, "max_iter": 100, "learning_rate_init": 0.02, "average": 0.9}
+SMALL = {"hidden_layer_sizes": (8,), "n_members": 2, "max_iter": 60, "learning_rate_init": 0.03, "average": 0.9}
 
 
-@pytest.mark.parametrize("monotone", ["penalty", "hard"])
+@pytest.mark.parametrize("monotone", ["penalty", pytest.param("hard", marks=pytest.mark.slow)])
 def test_check_estimator(monotone):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the checks fit on tables made to be warned of

@@ -17,7 +17,7 @@ _validation = require("sklearn.utils.validation", "sklearn", _why)
 Array = npt.NDArray[np.float64]
 _FINE = np.arange(1, 100) / 100
 _MIDDLES = (np.arange(50) + 0.5) / 50  # the midpoint rule over levels
-_NOISE = 1e-6  # of the target's scale: falls this small are rounding of float32
+_NOISE = 1e-9  # of the target's scale: falls this small are rounding
 
 
 def weighted_quantiles(y: Array, weight: Array | None, levels: Array) -> Array:

@@ -85,7 +85,7 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         standardize: Whether to centre and scale features, and the target by its median and median deviation.
         extrapolation: "clip" (default) holds features within the range of training: outside it ReQU grows like
             x^(2^layers). "warn" lets them go, and says so.
-        dtype: "float32" (default) or "float64".
+        dtype: Of training, "float32" (default) or "float64"; answers are computed in float64.
         device: "auto" (default, a GPU if there is one) or whatever `torch.device` takes.
         verbose: Whether to show progress.
         random_state: Seed; the same one gives the same bits.
@@ -181,9 +181,9 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         y = np.asarray(y, np.float64)
         weight = None
         if sample_weight is not None:
-            weight = _validation._check_sample_weight(sample_weight, X, np.float64, ensure_non_negative=True)
-            if not weight.sum() > 0:
-                raise bad(f"{_WHERE}.fit", "sample_weight", "positive somewhere", "weights that are all 0")
+            weight = _validation._check_sample_weight(sample_weight, X, dtype=np.float64)
+            if (weight < 0).any() or not weight.any():
+                raise bad(f"{_WHERE}.fit", "sample_weight", ">= 0, and positive somewhere", float(weight.min()))
             weight = weight / weight.mean()
         self._range = X.min(0), X.max(0)
         self._scale(X, y, weight)
@@ -216,6 +216,7 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         )
         with _shown(self.verbose, self.max_iter) as progress:
             history = Training(self.network_, data, settings, generator).run(progress)
+        self.network_.double()  # answers depend on how many rows are asked at once by float64's rounding only
         logger.info("%s: %d epochs, best %d", _WHERE, len(history.loss), history.best_epoch)
         self.n_iter_, self.best_iter_ = len(history.loss), history.best_epoch
         self.loss_curve_, self.validation_curve_ = history.loss, history.validation
@@ -305,8 +306,7 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
                 PlanishWarning,
                 stacklevel=3,
             )
-        kind = self._kind()
-        weights = self.network_.weights[0]
+        weights, kind = self.network_.weights[0], torch.float64
         x = torch.tensor((X - self.X_offset_) / self.X_scale_, dtype=kind)
         level = torch.tensor(np.broadcast_to(levels, (len(X), levels.shape[-1])), dtype=kind)
         rows = max(1, _CHUNK // (level.shape[1] * len(weights) * max(self.hidden_layer_sizes)))
@@ -316,7 +316,7 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
                 xs, ts = xs[None].to(weights.device), ts[None].to(weights.device)  # noqa: PLW2901
                 found = self.network_.with_slope(xs, ts)[1] if slopes else self.network_(xs, ts)
                 out.append(found.mean(0).cpu())
-        curves = torch.cat(out).double().numpy() * self.y_scale_
+        curves = torch.cat(out).numpy() * self.y_scale_
         return curves if slopes else curves + self.y_offset_
 
 

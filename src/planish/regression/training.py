@@ -158,10 +158,11 @@ class Training:
             level = draw_levels((e, b, settings.n_levels), settings.levels, self.generator, x)
             value, slope, points = self.net(x, level), None, None
             if settings.penalty > 0:
-                other = rows[:, torch.randperm(b, generator=self.generator).to(rows.device)]
-                part = torch.rand((e, b, 1), generator=self.generator).to(x)
-                between = torch.lerp(x, data.x[other], part)
-                _, slope = self.net.with_slope(between, draw_levels((e, b, 1), settings.levels, self.generator, x))
+                half = (b + 1) // 2  # slopes cost what two values do
+                other = rows[:, torch.randperm(b, generator=self.generator)[:half].to(rows.device)]
+                part = torch.rand((e, half, 1), generator=self.generator).to(x)
+                between = torch.lerp(x[:, :half], data.x[other], part)
+                _, slope = self.net.with_slope(between, draw_levels((e, half, 1), settings.levels, self.generator, x))
         target = y[..., None].expand_as(value)
         losses = _mean(pinball_loss(value, target, level, reduction="none"), weight)
         total = losses.sum()

@@ -45,7 +45,7 @@ def test_shapes_of_predictions(fitted):
     X, y = table(7)
     assert fitted.predict(X).shape == fitted.predict(X, 0.3).shape == fitted.predict(X, "mean").shape == (7,)
     assert fitted.predict(X, [0.3]).shape == (7, 1) and fitted.predict(X, TENTHS).shape == (7, 9)
-    np.testing.assert_array_equal(fitted.predict(X), fitted.predict(X, [0.1, 0.5])[:, 1])
+    np.testing.assert_allclose(fitted.predict(X), fitted.predict(X, [0.1, 0.5])[:, 1], rtol=1e-12)
     assert fitted.predict_interval(X).shape == (7, 2)
     assert fitted.sample(X, 5, random_state=0).shape == (7, 5)
     assert fitted.cdf(X, y).shape == (7,) and fitted.cdf(X, np.zeros((7, 3))).shape == (7, 3)
@@ -241,11 +241,9 @@ def test_bad_data_are_refused(fitted):
         quick().fit(X, np.stack([y, y], 1))
     with pytest.raises(ValueError, match="minimum of 2 is required"):
         quick().fit(X[:1], y[:1])
-    with pytest.raises(
-        ValueError, match=r"`sample_weight` must be positive somewhere; got 'weights that are all 0'\.$"
-    ):
+    with pytest.raises(ValueError, match="[Ww]eight.* (positive somewhere|non-zero)"):
         quick().fit(X, y, sample_weight=np.zeros(20))
-    with pytest.raises(ValueError, match="[Nn]egative values"):
+    with pytest.raises(ValueError, match=r"fit: `sample_weight` must be >= 0, and positive somewhere; got -1.0\.$"):
         quick().fit(X, y, sample_weight=-np.ones(20))
     with pytest.raises(ValueError, match="expecting 2 features"):
         fitted.predict(X[:, :1])
