@@ -66,10 +66,8 @@ def test_the_slope_of_a_network_is_its_derivative_by_the_level(name):
     torch.testing.assert_close(slope, difference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "relu" not in name])  # its slopes jump
 def test_the_gradient_of_the_penalty_by_the_weights_is_right(name):
-    if "relu" in name:
-        pytest.skip("a network of ReLU has slopes that jump")
     net = dict(networks(n_members=1, hidden=(3,)))[name]
     x, level = points(n=3, m=2, members=1)
     slopes, names = _Slopes(net), [name for name, _ in net.named_parameters()]
@@ -181,16 +179,15 @@ def test_stratified_levels():
     assert ((draw_levels((10, 1), (0.01, 0.01), generator(), torch.zeros(1)) * (1 - 1e-6)) < 1).all()
 
 
-@pytest.mark.parametrize("resample", [True, False])
-def test_a_target_that_is_its_level_is_learnt(resample):
+def test_a_target_that_is_its_level_is_learnt():
     """Y = U: the quantile at a level is the level."""
     net, draw = ProcessNetwork(1, (8,), generator=generator(), **MANY), generator(0)
     x, y = torch.zeros((256, 1), **MANY), (torch.arange(256, **MANY) + 0.5) / 256
-    settings = Settings(5.0, None, resample, 4 if resample else 1, 1e-2, 150, 128, None, 0.95)
+    settings = Settings(5.0, None, True, 4, 1e-2, 150, 128, None, 0.95)
     Training(net, Data(x, y, None, torch.arange(256)[None], None), settings, draw).run()
     level = torch.linspace(0.05, 0.95, 19, **MANY)[None, None]
     value, slope = net.with_slope(x[None, :1], level)
-    assert (value - level).abs().max() < (0.03 if resample else 0.1) and (slope > 0).all()
+    assert (value - level).abs().max() < 0.03 and (slope > 0).all()
 
 
 def test_a_gradient_is_shortened_after_it_is_made():

@@ -21,9 +21,9 @@ _COLOR = "tab:blue"
 
 
 class QuantileFanDisplay:
-    """Draw quantile curves against one feature, as a median line in bands that pale towards the tails.
+    """Draw quantile curves against one feature, as a median line in rings that pale towards the tails.
 
-    Levels are paired from the outside in: each pair bounds a central interval, and its band is drawn. Use
+    Levels are paired from the outside in: each pair bounds a central interval. Use
     `from_estimator`; the constructor takes curves from anywhere. No global setting of matplotlib is touched.
 
     Args:
@@ -36,7 +36,7 @@ class QuantileFanDisplay:
 
     Attributes:
         line_: The line of the middle level, once drawn, None where the number of levels is even.
-        bands_: The bands, outermost first.
+        bands_: The rings between levels, outermost first, each of one or two parts.
         ax_: The axes; likewise `figure_`.
 
     Raises:
@@ -144,22 +144,29 @@ class QuantileFanDisplay:
         if ax is None:
             figure = require("matplotlib.figure", "plot", "QuantileFanDisplay")
             ax = figure.Figure(figsize=(6.4, 4.2), layout="constrained").add_subplot()
-        if self.points is not None:
-            many = len(self.points[0])
-            ax.scatter(*self.points, s=9, color="0.35", alpha=min(0.8, max(0.08, 150 / many)), linewidths=0, zorder=1)
         m, self.bands_, self.line_ = len(self.levels), [], None
         for i in range(m // 2):
             low, high = self.levels[i], self.levels[m - 1 - i]
-            central = np.isclose(low + high, 1)
-            label = f"{100 * (high - low):.3g} %" if central else f"{low:.3g} to {high:.3g}"
-            tint = 0.1 + 0.35 * (i + 1) / (m // 2)  # bands lie one upon the other and add up
-            ends = self.curves[:, i], self.curves[:, m - 1 - i]
-            look = {"color": color, "alpha": tint, "linewidth": 0, "label": label, "zorder": 1.5}
-            self.bands_.append(ax.fill_between(self.x, *ends, **look))
+            label = f"{100 * (high - low):.3g} %" if np.isclose(low + high, 1) else f"{low:.3g} to {high:.3g}"
+            look = {"color": color, "alpha": 0.12 + 0.5 * i / (m // 2), "linewidth": 0, "zorder": 1.5}
+            # Rings, not bands one upon the other: tints do not add up, and the legend shows them as they are.
+            pairs = [(i, i + 1), (m - 2 - i, m - 1 - i)] if i < m // 2 - 1 else [(i, m - 1 - i)]
+            self.bands_.append(
+                [
+                    ax.fill_between(
+                        self.x, self.curves[:, a], self.curves[:, b], label=label if n == 0 else None, **look
+                    )
+                    for n, (a, b) in enumerate(pairs)
+                ]
+            )
+        if self.points is not None:
+            many = len(self.points[0])
+            ax.scatter(*self.points, s=7, color="0.15", alpha=min(0.6, max(0.06, 150 / many)), linewidths=0, zorder=2)
         if m % 2:
-            middle = self.levels[m // 2]
+            middle, curve = self.levels[m // 2], self.curves[:, m // 2]
             label = "median" if middle == 0.5 else f"level {middle:.3g}"
-            (self.line_,) = ax.plot(self.x, self.curves[:, m // 2], color=color, linewidth=1.8, label=label, zorder=3)
+            ax.plot(self.x, curve, color="white", linewidth=3.6, zorder=3)
+            (self.line_,) = ax.plot(self.x, curve, color=color, linewidth=1.8, label=label, zorder=3)
         ax.set(xlabel=self.feature_name, ylabel=self.target_name, xlim=(self.x[0], self.x[-1]))
         ax.legend(frameon=False, fontsize="small")
         self.ax_, self.figure_ = ax, cast("Figure", ax.get_figure())

@@ -131,7 +131,7 @@ def test_every_row_is_learnt_from_and_held_out_by_one_member():
 )  # fmt: skip
 def test_every_setting_learns(settings):
     X, y = table(200)
-    model = quick(**settings).fit(X, 3 * X[:, 0] + 0.1 * y)
+    model = quick(**{"learning_rate_init": 0.02, "average": 0.9, **settings}).fit(X, 3 * X[:, 0] + 0.1 * y)
     assert model.score(X, 3 * X[:, 0] + 0.1 * y) > 0.4
     assert model.penalty_ == {"penalty": settings.get("penalty", np.log(200))}.get(model.monotone, 0)
 
