@@ -40,7 +40,7 @@ def test_pipelines_searches_and_scores():
     steps = make_pipeline(StandardScaler(), QuantileProcessRegressor(random_state=0, **SMALL))
     search = GridSearchCV(steps, {"quantileprocessregressor__monotone": ["penalty", "hard"]}, cv=2).fit(X, y)
     assert search.best_score_ > 0.2
-    assert search.predict(X, quantiles=[0.1, 0.9]).shape == (150, 2)
+    assert search.best_estimator_.predict(X, quantiles=[0.1, 0.9]).shape == (150, 2)
 
     def less_crps(model, X, y):
         return -model.crps(X, y)

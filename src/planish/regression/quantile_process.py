@@ -329,7 +329,7 @@ def _shown(verbose: bool, epochs: int) -> Iterator[Callable[[int, float], None] 
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("loss", total=epochs)
         yield lambda epoch, loss: bar.update(task, completed=epoch, description=f"loss {loss:.4f}")
 
