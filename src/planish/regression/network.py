@@ -106,8 +106,8 @@ class ProcessNetwork(_Layers):
 
     def _first(self, x: Tensor, encoded: Tensor) -> Tensor:
         """Return what enters the first activation, (e, n m, w); of x once a row, whatever m is."""
-        first = self.weights[0]
-        rows = x @ first[:, : self.n_features] + self.biases[0]
+        first: Tensor = self.weights[0]
+        rows: Tensor = x @ first[:, : self.n_features] + self.biases[0]
         return (rows[:, :, None] + encoded @ first[:, None, self.n_features :]).flatten(1, 2)
 
 

@@ -120,7 +120,7 @@ class Training:
             if not math.isfinite(loss):
                 logger.warning("The loss is not finite at epoch %d; the best epoch so far is kept.", epoch)
                 break
-            if data.held_out is None or epoch % every:
+            if data.held_out is None or (epoch % every and epoch < settings.max_epochs):
                 continue
             losses = self._validate(data.held_out)
             self.history.validation.append((epoch, float(losses.mean())))

@@ -155,6 +155,12 @@ def test_training_stops_early_and_keeps_the_best():
     assert late.n_iter_ == late.best_iter_ == 30 and late.validation_curve_ == []
 
 
+def test_a_training_shorter_than_the_time_between_validations_counts():
+    X, y = table(60)
+    model = quick(max_iter=3).fit(X, y)
+    assert model.best_iter_ == 3 and [epoch for epoch, _ in model.validation_curve_] == [3]
+
+
 def test_a_diverging_training_keeps_its_best(caplog):
     X, y = table(60)
     with caplog.at_level(logging.WARNING, logger="planish"):
