@@ -97,7 +97,7 @@ def _kept(key: str, make: Callable[[], Found], fresh: bool) -> Found:
             *sorted(Path(__file__).parent.glob("quantiles*.py")),
             *sorted((Path(__file__).parents[1] / "src/planish/regression").glob("*.py")),
         )
-        if path.name not in ("quantiles_table.py", "display.py", "__init__.py", "quantiles.py")
+        if path.name not in ("display.py", "__init__.py", "quantiles.py")
     )
     name = hashlib.sha256(code + key.encode() + repr((NETWORKS, TEST_ROWS)).encode()).hexdigest()[:20]
     path = cache_dir() / "quantiles" / f"{name}.json"
