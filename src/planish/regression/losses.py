@@ -88,8 +88,8 @@ def noncrossing_penalty(
 
     Example:
         >>> import torch
-        >>> noncrossing_penalty(lambda x, t: x[:, 0] - 3 * t, torch.zeros(4, 2), torch.full((4,), 0.5))
-        tensor(3., grad_fn=<MeanBackward0>)
+        >>> float(noncrossing_penalty(lambda x, t: x[:, 0] - 3 * t, torch.zeros(4, 2), torch.full((4,), 0.5)))
+        3.0
     """
     with torch.enable_grad():
         level = level.detach().requires_grad_()

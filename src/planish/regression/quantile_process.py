@@ -106,10 +106,10 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         >>> random = np.random.default_rng(0)
         >>> X = random.random((200, 1))
         >>> y = X[:, 0] + X[:, 0] * random.random(200)  # given x, uniform on (x, 2 x)
-        >>> model = QuantileProcessRegressor(hidden_layer_sizes=(16, 16), max_iter=200, random_state=0).fit(X, y)
-        >>> model.predict([[0.2], [0.8]], quantiles=[0.1, 0.5, 0.9]).round(1)
-        array([[0.2, 0.3, 0.4],
-               [0.9, 1.2, 1.5]])
+        >>> model = QuantileProcessRegressor((16, 16), learning_rate_init=0.01, max_iter=200, random_state=0).fit(X, y)
+        >>> curves = model.predict([[0.4], [0.8]], quantiles=[0.1, 0.5, 0.9])
+        >>> bool(np.abs(curves - [[0.44, 0.6, 0.76], [0.88, 1.2, 1.52]]).max() < 0.15)
+        True
         >>> model.crossing_rate(X)
         0.0
     """
