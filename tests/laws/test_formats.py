@@ -1,5 +1,6 @@
 """The laws of every format: what rounding may do to a number, and what it may not."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -293,6 +294,27 @@ def test_tighter_limits_clip():
     assert FP4(4).fake(x, limits=limits)[0, 3] <= 2.2
 
 
+CLIPPED = [Affine(4, g, s, ragged=True, scale_dtype=d, clip=0.8) for g in (None, 8) for s in (False, True)
+           for d in ("float16", "float32")]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", CLIPPED, ids=ids)
+@given(inputs)
+def test_a_share_of_the_range_is_the_range_with_nearer_limits(form, x):
+    whole = dataclasses.replace(form, clip=1.0)
+    nearer = tuple(end * 0.8 for end in whole.ranges(x))
+    q = form.encode(x)
+    assert torch.equal(form.fake(x), whole.fake(x, limits=nearer))
+    moved = whole.encode(form.clipped(x))  # what an integer kernel without `clip` is given
+    assert torch.equal(moved.codes, q.codes) and torch.equal(moved.scale, q.scale)
+
+
+def test_a_clip_of_one_is_not_spoken_of():
+    assert repr(Affine(3, 64)) == "Affine(bits=3, group_size=64, symmetric=False, ragged=False, scale_dtype='float16')"
+    assert "clip" not in Affine().to_dict() and repr(Affine(clip=0.9)).endswith("clip=0.9)")
+    assert format_from_dict(Affine(clip=0.9).to_dict()) == Affine(clip=0.9) != Affine()
+
+
 def test_more_bits_never_cost_accuracy():
     x = batch(11, 16, 64, "normal")
     errors = [(Affine(b, 16, scale_dtype="float64").fake(x) - x).square().mean() for b in range(1, 9)]
@@ -310,6 +332,10 @@ def test_more_bits_never_cost_accuracy():
         (lambda: Affine(4, True), "`group_size`"),
         (lambda: Affine(4, 2.0), "`group_size`"),
         (lambda: Affine(4, scale_dtype="int8"), r"`scale_dtype` must be one of float16, bfloat16, float32, float64"),
+        (lambda: Affine(clip=0), r"Affine: `clip` must be a float in \(0, 1\]; got 0"),
+        (lambda: Affine(clip=1.5), "`clip`"),
+        (lambda: Affine(clip=True), "`clip`"),
+        (lambda: Affine(clip="0.9"), "`clip`"),
         (lambda: FP4(0), r"FP4: `group_size` must be a positive integer; got 0"),
         (lambda: Dual(1), r"Dual: `bits` must be an integer from 2 to 8; got 1"),
         (lambda: Dual(9), "`bits`"),

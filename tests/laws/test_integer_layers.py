@@ -16,6 +16,7 @@ ACTS = {
     "W4A8": Affine(8, None, symmetric=True, scale_dtype="float32"),
     "W4A8, grouped": Affine(8, 16),
     "W4A4": Affine(4, 16),
+    "W4A4, clipped": Affine(4, None, clip=0.9),
     "W4A4, symmetric": Affine(4, None, symmetric=True, scale_dtype="bfloat16"),
 }
 

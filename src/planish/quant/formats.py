@@ -84,10 +84,13 @@ class Format(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able description; `format_from_dict` reads it."""
-        return {"kind": type(self).__name__, **asdict(self)}
+        fields = asdict(self)
+        if fields.get("clip") == 1.0:  # as files written before there was one say it
+            del fields["clip"]
+        return {"kind": type(self).__name__, **fields}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Affine(Format):
     """Evenly spaced integers: value = (code - zero) * scale.
 
@@ -99,6 +102,8 @@ class Affine(Format):
             such layers, so it is off by default and the division is checked.
         scale_dtype: Precision in which scales are stored: "float16" (default), "bfloat16", "float32", "float64".
             Scales are rounded first and the codes chosen for the rounded scale.
+        clip: Share of a group's own range that the codes span, in (0, 1]: what lies beyond goes to the last code.
+            Default 1, all of it.
 
     Raises:
         ValueError: An argument is out of range; on `encode`, a value is not finite or the channels do not divide.
@@ -117,9 +122,17 @@ class Affine(Format):
     symmetric: bool = False
     ragged: bool = False
     scale_dtype: str = "float16"
+    clip: float = 1.0
+
+    def __repr__(self) -> str:
+        """Return the fields; `clip` only where it does something."""
+        shown = [f for f in self.__dataclass_fields__ if f != "clip" or self.clip != 1]
+        return f"Affine({', '.join(f'{f}={getattr(self, f)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        if not isinstance(self.clip, int | float) or isinstance(self.clip, bool) or not 0 < self.clip <= 1:
+            raise bad("Affine", "clip", "a float in (0, 1]", self.clip)
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise bad("Affine", "bits", "an integer from 1 to 8", self.bits)
         if self.group_size is not None and not _is_size(self.group_size):
@@ -150,9 +163,20 @@ class Affine(Format):
         return x.reshape(*x.shape[:-1], groups, size), channels
 
     def ranges(self, x: Float[Tensor, "*rows channels"]) -> Limits:
-        """Return the lowest and highest value of each group, zero included."""
-        grouped, _ = self._grouped(_working(x))
-        return grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+        """Return the lowest and highest value of each group, zero included, times `clip`."""
+        return self._ends(self._grouped(_working(x))[0])
+
+    def _ends(self, grouped: Tensor) -> Limits:
+        low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+        return (low, high) if self.clip == 1 else (low * self.clip, high * self.clip)
+
+    def clipped(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+        """Return values moved into the range that the codes span: a grid without `clip` has then this one's codes."""
+        if self.clip == 1:
+            return x
+        grouped, channels = self._grouped(_working(x))  # wide: the ends are not rounded to half precision
+        low, high = self._ends(grouped)
+        return grouped.clamp(low[..., None], high[..., None]).flatten(-2)[..., :channels]
 
     def scales(self, limits: Limits) -> tuple[Tensor, Tensor]:
         """Return the rounded scale of each group and the code of zero, as floats of the working precision."""
@@ -181,7 +205,7 @@ class Affine(Format):
         _check_finite(work)
         grouped, channels = self._grouped(work)
         if limits is None:
-            limits = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+            limits = self._ends(grouped)
         scale, zero = self.scales(limits)
         codes = torch.div(grouped, scale[..., None]).round_().add_(zero[..., None]).clamp_(0, 2**self.bits - 1)
         return QTensor(
@@ -199,7 +223,7 @@ class Affine(Format):
         _check_finite(work)
         grouped, channels = self._grouped(work)
         if limits is None:
-            limits = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+            limits = self._ends(grouped)
         scale, zero = (t[..., None] for t in self.scales(limits))
         codes = torch.div(grouped, scale).round_().add_(zero).clamp_(0, 2**self.bits - 1)
         return codes.sub_(zero).mul_(scale).flatten(-2)[..., :channels].to(x.dtype)

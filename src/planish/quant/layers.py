@@ -180,7 +180,7 @@ class QLinear(nn.Module):
         act = cast(Affine, self.act)
         act.n_groups(self.in_features)  # says what does not divide
         codes, step, zero = kernels.quantize_rows(
-            x, bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
+            act.clipped(x), bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
             scale_dtype=SCALE_DTYPES[act.scale_dtype],
         )  # fmt: skip
         return kernels.qgemm(
