@@ -305,8 +305,8 @@ def test_a_share_of_the_range_is_the_range_with_nearer_limits(form, x):
     nearer = tuple(end * 0.8 for end in whole.ranges(x))
     q = form.encode(x)
     assert torch.equal(form.fake(x), whole.fake(x, limits=nearer))
-    moved = whole.encode(form.clipped(x))  # what an integer kernel without `clip` is given
-    assert torch.equal(moved.codes, q.codes) and torch.equal(moved.scale, q.scale)
+    codes = whole.encode(x, limits=nearer)
+    assert torch.equal(codes.codes, q.codes) and torch.equal(codes.scale, q.scale)
 
 
 def test_a_clip_of_one_is_not_spoken_of():

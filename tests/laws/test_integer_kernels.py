@@ -46,16 +46,17 @@ rows = st.integers(1, 40).flatmap(
     symmetric=st.booleans(),
     dtype=st.sampled_from([*HALVES, torch.float64]),
     scale_dtype=st.sampled_from(HALVES),
+    clip=st.sampled_from([1.0, 0.9, 0.3]),
     offset=st.integers(0, 3),
     strided=st.booleans(),
     threads=st.integers(1, 3),
 )
 @settings(max_examples=50, deadline=None)
 def test_quantize_rows_is_its_definition_bit_for_bit(
-    values, bits, group_size, symmetric, dtype, scale_dtype, offset, strided, threads
+    values, bits, group_size, symmetric, dtype, scale_dtype, clip, offset, strided, threads
 ):
     x = placed(torch.tensor(values, dtype=torch.float64).to(dtype), offset, strided)
-    kwargs = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
+    kwargs = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype, "clip": clip}
     expected = ops.quantize_rows_reference(x, **kwargs)
     for instructions in RUNNABLE:
         found = integer.run_quantize_rows(x, **kwargs, instructions=instructions, threads=threads)

@@ -136,10 +136,11 @@ def quantize_rows(
     group_size: int | None = None,
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.float32,
+    clip: float = 1.0,
 ) -> tuple[Int8[Tensor, "*rows channels"], Float[Tensor, "*rows groups"], Int8[Tensor, "*rows groups"]]:
     """Encode each row as signed integers: x is close to (codes - zero) * scale, and 0 is exact.
 
-    The range is that of the data, computed in float32. A group that holds NaN or infinity, or whose scale does not fit
+    The range is that of the data, or a share of it, computed in float32. A group that holds NaN or infinity, or whose scale does not fit
     its dtype, keeps a non-finite scale, so that whatever is computed from it is visibly not finite. Not differentiable:
     a backward pass warns.
 
@@ -150,6 +151,7 @@ def quantize_rows(
         symmetric: Put zero at code 0, the extreme half a step beyond the last code; else the range is [min, max] of
             the group, widened to hold 0.
         scale_dtype: Dtype whose values scales take, before codes are chosen: float32, bfloat16 or float16.
+        clip: Share of the range that the codes span, in (0, 1]; what lies beyond gets the last code.
 
     Returns:
         Codes, scales (float32, > 0) and the codes that stand for 0.
@@ -163,7 +165,7 @@ def quantize_rows(
         ([[-8, 0, 3]], [[1.0]], [[0]])
     """
     codes, scale, zero = torch.ops.planish.quantize_rows(
-        x, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype
+        x, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype, clip=clip
     )
     return codes, scale, zero
 

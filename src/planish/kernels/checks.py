@@ -83,7 +83,9 @@ def check_w4a16(
     _weight("w4a16", _channels("w4a16", "x", x), x.device, packed, scale, zero, bias, bits, group_size)
 
 
-def check_quantize_rows(x: Tensor, bits: int, group_size: int | None, scale_dtype: torch.dtype) -> None:
+def check_quantize_rows(
+    x: Tensor, bits: int, group_size: int | None, scale_dtype: torch.dtype, clip: float = 1.0
+) -> None:
     """Refuse what `quantize_rows` cannot encode."""
     _floating("quantize_rows", "x", x)
     _channels("quantize_rows", "x", x)
@@ -93,6 +95,8 @@ def check_quantize_rows(x: Tensor, bits: int, group_size: int | None, scale_dtyp
         raise bad("quantize_rows", "group_size", "None or an int >= 1", group_size)
     if scale_dtype not in _SCALES:
         raise bad("quantize_rows", "scale_dtype", "float32, bfloat16 or float16", scale_dtype)
+    if not 0 < clip <= 1:
+        raise bad("quantize_rows", "clip", "a float in (0, 1]", clip)
 
 
 def check_qgemm(

@@ -28,6 +28,7 @@ def run_quantize_rows(
     group_size: int | None,
     symmetric: bool,
     scale_dtype: torch.dtype,
+    clip: float = 1.0,
     instructions: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +55,7 @@ def run_quantize_rows(
         _REAL[scale_dtype],
         threads or torch.get_num_threads(),
         instructions or cpu.module().active_isa(),
+        clip,
     )
     return codes, scale, zero
 
@@ -148,11 +150,11 @@ def run_rotate(
 
 
 def _quantize_rows(
-    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype
+    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype, clip: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = run_quantize_rows if cpu.compiled("quantize_rows") else quantize_rows_reference
-    check_quantize_rows(x, bits, group_size, scale_dtype)
-    return run(x, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    check_quantize_rows(x, bits, group_size, scale_dtype, clip)
+    return run(x, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype, clip=clip)
 
 
 def _qgemm(

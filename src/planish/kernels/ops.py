@@ -26,7 +26,7 @@ LIBRARY.define(
     "int? activation_bits=None) -> Tensor"
 )
 LIBRARY.define(
-    "quantize_rows(Tensor x, *, int bits, int? group_size, bool symmetric, ScalarType scale_dtype)"
+    "quantize_rows(Tensor x, *, int bits, int? group_size, bool symmetric, ScalarType scale_dtype, float clip=1.0)"
     " -> (Tensor codes, Tensor scale, Tensor zero)"
 )
 LIBRARY.define(
@@ -89,16 +89,16 @@ def w4a16_reference(
 
 
 def quantize_rows_reference(
-    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype
+    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype, clip: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Define `quantize_rows`: x is close to (codes - zero) * scale, group by group, and 0 is exact."""
-    check_quantize_rows(x, bits, group_size, scale_dtype)
+    check_quantize_rows(x, bits, group_size, scale_dtype, clip)
     channels = x.shape[-1]
     size = min(group_size or channels, channels)
     count = groups(channels, size)
     x_ng = F.pad(x.to(torch.float32), (0, count * size - channels)).unflatten(-1, (count, size))
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    least, most = x_ng.amin(-1).clamp_max(0), x_ng.amax(-1).clamp_min(0)
+    least, most = x_ng.amin(-1).clamp_max(0) * clip, x_ng.amax(-1).clamp_min(0) * clip
     # symmetric: half a step short of the extremes, so that both ends are within half a step of a code
     span = torch.maximum(-least, most) / (high + 0.5) if symmetric else (most - least) / (high - low)
     stored = span.to(scale_dtype).to(torch.float32).clamp_min(torch.finfo(scale_dtype).smallest_normal)
@@ -168,9 +168,9 @@ def _w4a16_shape(
 
 
 def _quantize_rows_shape(
-    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype
+    x: Tensor, *, bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype, clip: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_quantize_rows(x, bits, group_size, scale_dtype)
+    check_quantize_rows(x, bits, group_size, scale_dtype, clip)
     per_row = (*x.shape[:-1], groups(x.shape[-1], group_size or x.shape[-1]))
     return (
         x.new_empty(x.shape, dtype=torch.int8),

@@ -170,14 +170,6 @@ class Affine(Format):
         low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
         return (low, high) if self.clip == 1 else (low * self.clip, high * self.clip)
 
-    def clipped(self, x: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
-        """Return values moved into the range that the codes span: a grid without `clip` has then this one's codes."""
-        if self.clip == 1:
-            return x
-        grouped, channels = self._grouped(_working(x))  # wide: the ends are not rounded to half precision
-        low, high = self._ends(grouped)
-        return grouped.clamp(low[..., None], high[..., None]).flatten(-2)[..., :channels]
-
     def scales(self, limits: Limits) -> tuple[Tensor, Tensor]:
         """Return the rounded scale of each group and the code of zero, as floats of the working precision."""
         low, high = limits[0].clamp(max=0), limits[1].clamp(min=0)

@@ -180,8 +180,8 @@ class QLinear(nn.Module):
         act = cast(Affine, self.act)
         act.n_groups(self.in_features)  # says what does not divide
         codes, step, zero = kernels.quantize_rows(
-            act.clipped(x), bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
-            scale_dtype=SCALE_DTYPES[act.scale_dtype],
+            x, bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
+            scale_dtype=SCALE_DTYPES[act.scale_dtype], clip=act.clip,
         )  # fmt: skip
         return kernels.qgemm(
             codes, step, self.weight_packed, self.weight_scale, self._runtime_zeros(), self.bias,

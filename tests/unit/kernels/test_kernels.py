@@ -46,6 +46,7 @@ _REFUSED = [
     (lambda: w4a16(scale=_SCALE.to("meta")), "w4a16: `scale` must be on cpu like the input; got 'meta'."),
     (lambda: kernels.quantize_rows(_X, bits=1), "quantize_rows: `bits` must be an int in [2, 8]; got 1."),
     (lambda: kernels.quantize_rows(_X.int()), "quantize_rows: `x` must be float32, bfloat16, float16 or float64; got"),
+    (lambda: kernels.quantize_rows(_X, clip=0.0), "quantize_rows: `clip` must be a float in (0, 1]; got 0.0."),
     (lambda: kernels.quantize_rows(_X, group_size=0), "`group_size` must be None or an int >= 1; got 0."),
     (
         lambda: kernels.quantize_rows(_X, scale_dtype=torch.float64),

@@ -49,10 +49,10 @@ void bound_qgemm(Address xq, Address x_scale, Address x_zero, Address packed, Ad
 
 void bound_quantize_rows(Address x, Address codes, Address scale, Address zero, std::int64_t rows, std::int64_t channels,
                          std::int64_t group_size, int bits, bool symmetric, int type, int scale_type, int threads,
-                         const std::string& isa) {
-    const QuantizeRows op{at<const void>(x), at<std::int8_t>(codes), at<float>(scale),        at<std::int8_t>(zero),
-                          rows,              channels,               group_size,              bits,
-                          symmetric,         static_cast<Real>(type), static_cast<Real>(scale_type)};
+                         const std::string& isa, float clip) {
+    const QuantizeRows op{at<const void>(x), at<std::int8_t>(codes),  at<float>(scale),              at<std::int8_t>(zero),
+                          rows,              channels,                group_size,                    bits,
+                          symmetric,         static_cast<Real>(type), static_cast<Real>(scale_type), clip};
     const Isa chosen = isa_named(isa);
     nanobind::gil_scoped_release release;
     quantize_rows(op, threads, chosen);

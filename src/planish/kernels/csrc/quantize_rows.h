@@ -18,6 +18,7 @@ struct QuantizeRows {
     bool symmetric;
     Real type;
     Real scale_type; // to which scales are rounded before codes are chosen: not float64
+    float clip;      // share of the range that codes span, in (0, 1]
 };
 
 // Callers have checked shapes and strides, and runs(isa); threads >= 1.

@@ -51,10 +51,11 @@ void rows_of(const QuantizeRows& op, std::int64_t first, std::int64_t last) {
             const T* x = static_cast<const T*>(op.x) + row * op.channels + begin;
             float scale, zero = 0.0f;
             if (op.symmetric)
-                scale = stored(largest(x, n) / (high + 0.5f), op.scale_type);
+                scale = stored(largest(x, n) * op.clip / (high + 0.5f), op.scale_type);
             else {
                 float least, most;
                 extremes(x, n, least, most);
+                least *= op.clip, most *= op.clip;
                 scale = stored((most - least) / (high - low), op.scale_type);
                 zero = within(__builtin_nearbyintf(-least / scale) + low, low, high);
             }
