@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from planish.quant import fold
-from planish.quant.sites import Site
+from planish.quant.sites import Site, find_sites
 from planish.quant.stream import Block
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift
 
@@ -282,6 +282,66 @@ def test_an_untied_scale_under_a_many_to_one_map_is_refused():
     assert not fold.apply(block, scale(), site)
     assert torch.equal(pair.producer.weight, before)
     assert torch.allclose(pair(block.inputs[0]), whole, rtol=1e-10, atol=1e-10)
+
+
+def test_of_a_chain_what_can_be_folded_is_and_the_rest_stays_online():
+    pair = Pair(rms_norm())
+    block, site = site_in(pair, width=C)
+    whole, first = pair(block.inputs[0]), scale()
+    wanted = first(pair.producer(block.inputs[0]))
+    rest = (rotate(), permute())
+    assert not fold.apply(block, Chain(first, Chain(*rest)), site, online=True)
+    assert torch.allclose(pair.producer(block.inputs[0]), wanted, rtol=1e-10, atol=1e-10)
+    assert list(site.online.parts) == list(rest)
+    assert torch.allclose(pair(block.inputs[0]), whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rotation_shared_by_heads_is_absorbed_where_they_share_a_producer(bias):
+    index = torch.arange(8).view(2, 1, 4).expand(2, 3, 4).reshape(C)  # two key-value heads of 4, three readers each
+    pair = Pair(dense(outputs=8, bias=bias), Repeat(index))
+    block, site = site_in(pair, channels=index)
+    t = Rotate(orthogonal(1, 4, 5))
+    old, whole = t(pair.between(pair.producer(block.inputs[0]))), pair(block.inputs[0])
+    assert fold.apply(block, t, site)
+    assert torch.allclose(pair.between(pair.producer(block.inputs[0])), old, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(pair(block.inputs[0]), whole, rtol=1e-10, atol=1e-10)
+    before = pair.producer.weight.clone()
+    assert not fold.apply(block, Rotate(orthogonal(6, 4, 6)), site), "heads that turn differently share no output"
+    assert torch.equal(pair.producer.weight, before)
+
+
+class Gated(nn.Module):
+    """silu(gate) * up -> down, in two layers or as halves of one."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.fused = fused
+        if fused:
+            self.gate_up = dense(outputs=2 * C)
+        else:
+            self.gate, self.up = dense(), nn.Linear(9, C).double()
+        self.down = nn.Linear(C, 16)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1) if self.fused else (self.gate(x), self.up(x))
+        return self.down(nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_permutation_passes_a_gate_when_the_gate_follows(fused):
+    net = Gated(fused).double().eval()
+    block = Block("", net, [noise(6, 9, seed=40)], [{}], [None])
+    site = next(s for s in find_sites(block, lambda name: False) if "down" in s.consumers)
+    assert set(site.partners) == (set() if fused else {"gate"})
+    before, whole = copy.deepcopy(net), net(block.inputs[0])
+    t = permute()
+    assert fold.apply(block, t, site) and site.online is None
+    assert torch.equal(net.down.weight, t.weight(before.down.weight))
+    assert torch.allclose(net(block.inputs[0]), whole, rtol=1e-10, atol=1e-10)
+    kept = {n: p.clone() for n, p in net.named_parameters()}
+    assert not fold.apply(block, rotate(), site), "a rotation does not pass a product"
+    assert all(torch.equal(p, kept[n]) for n, p in net.named_parameters())
 
 
 def test_a_norm_that_something_else_reads_is_refused():

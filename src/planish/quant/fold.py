@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from planish.quant.sites import Site, is_linear, set_weight, weight_of
 from planish.quant.stream import Block
-from planish.quant.transforms import Transform
+from planish.quant.transforms import Chain, Permute, Transform
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative, per token; norms compute in float32 even in float64
 
@@ -19,6 +19,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative, per token; 
 @torch.no_grad()
 def apply(block: Block, transform: Transform, site: Site, *, online: bool = False) -> bool:
     """Apply a transform to a site, in place: into the layer before if that is exact, else online or not at all.
+
+    Of a chain, parts are folded from the left for as long as that is exact; the rest stays online, or is left out.
 
     Args:
         block: The block, in float; it computes the same afterwards.
@@ -28,17 +30,38 @@ def apply(block: Block, transform: Transform, site: Site, *, online: bool = Fals
         online: Whether a transform that cannot be folded is applied to the input in every forward.
 
     Returns:
-        True if the transform was folded.
+        True if the transform was folded, all of it.
     """
+    parts = _flat(transform)
+    while parts and _fold(block, parts[0], site):
+        parts.pop(0)
+    if parts and online:
+        rest = transform if len(parts) == len(_flat(transform)) else parts[0] if len(parts) == 1 else Chain(*parts)
+        for module in (*site.consumers.values(), *site.readers.values()):
+            _change_basis(module, rest)
+        keep_online(site, rest)
+    return not parts
+
+
+def _flat(transform: Transform) -> list[Transform]:
+    """Return the links of a chain of chains; of anything else, itself."""
+    if not isinstance(transform, Chain):
+        return [transform]
+    return [link for part in transform.parts for link in _flat(part)]  # type: ignore[arg-type]
+
+
+def _fold(block: Block, transform: Transform, site: Site) -> bool:
+    """Fold one transform if the block's output stays put; else leave everything as it was."""
     readers = (*site.consumers.values(), *site.readers.values())
-    producers = [] if site.producer is None else [site.producer]
-    saved = [(p, p.detach().clone()) for m in (*readers, *producers) for p in m.parameters(recurse=False)]
-    if site.producer is not None and transform.linear:
-        ways = list(_ways(transform, site))
-        verdict = site.verdict if transform.diagonal else None
+    producers = [] if site.producer is None else [site.producer, *site.partners.values()]
+    verdict = site.verdict if transform.diagonal else None
+    ways = list(_ways(transform, site)) if transform.linear else []
+    if verdict is not None:
+        ways = ways[verdict : verdict + 1] if verdict >= 0 else []
+    if ways:
+        saved = [(p, p.detach().clone()) for m in (*readers, *producers) for p in m.parameters(recurse=False)]
+        made = sum(len(list(m.parameters(recurse=False))) for m in producers)
         before = block.call(*block.sample()) if verdict is None else None
-        if verdict is not None:
-            ways = ways[verdict : verdict + 1] if verdict >= 0 else []
         for module in readers:
             _change_basis(module, transform)
         for number, attempt in enumerate(ways):
@@ -46,16 +69,12 @@ def apply(block: Block, transform: Transform, site: Site, *, online: bool = Fals
                 if before is not None and transform.diagonal:
                     site.verdict = number
                 return True
-            for parameter, value in saved[-len(list(producers[0].parameters(recurse=False))) :]:
+            for parameter, value in saved[-made:]:
                 parameter.copy_(value)
         for parameter, value in saved:
             parameter.copy_(value)
-        if transform.diagonal:
-            site.verdict = -1
-    if online:
-        for module in readers:
-            _change_basis(module, transform)
-        keep_online(site, transform)
+    if transform.diagonal:
+        site.verdict = -1
     return False
 
 
@@ -86,6 +105,11 @@ def _ways(transform: Transform, site: Site) -> Iterator[Callable[[], bool]]:
         return
     if is_linear(producer):
         yield lambda: _absorb_in_linear(transform, producer, site)
+        if isinstance(transform, Permute):  # what multiplies it, channel by channel, may follow suit: gates
+            if site.partners:
+                yield lambda: all(_absorb_in_linear(transform, m, site) for m in (producer, *site.partners.values()))
+            if site.channels is not None:
+                yield lambda: _permute_slices(transform, producer, site)
     elif transform.diagonal and producer.get_parameter("weight").shape[-1:] == site_width(site):
         yield lambda: _absorb_in_norm(transform, producer, 0.0)
         yield lambda: _absorb_in_norm(transform, producer, 1.0)  # norms that multiply by 1 + w
@@ -119,13 +143,29 @@ def _absorb_in_linear(transform: Transform, linear: nn.Module, site: Site) -> bo
         factor = table.new_ones(table.shape[1])
         factor[channels] = transform(table.new_ones(width))  # tied: all channels of one row agree
         table = table * factor
-    elif channels.unique().numel() == channels.numel():
-        table[:, channels] = transform(table[:, channels])
     else:
-        return False
+        moved = transform(table[:, channels])
+        table[:, channels] = moved
+        if not torch.allclose(table[:, channels], moved, rtol=1e-5, atol=1e-6 * float(moved.abs().max())):
+            return False  # channels that come from one output went different ways
     set_weight(linear, table[: weight.shape[1]].T)
     if bias is not None:
         bias.copy_(table[-1])
+    return True
+
+
+def _permute_slices(transform: Transform, linear: nn.Module, site: Site) -> bool:
+    """Reorder every slice of a fused layer alike, if the site reads one of them: the halves of gate_up."""
+    weight, channels = weight_of(linear), site.channels
+    width = 0 if channels is None else channels.numel()
+    if channels is None or weight.shape[0] % width or int(channels[0]) % width:
+        return False
+    if not torch.equal(channels, channels[0] + torch.arange(width, device=channels.device)):
+        return False
+    set_weight(linear, transform(weight.T.unflatten(-1, (-1, width))).flatten(-2).T)
+    bias = getattr(linear, "bias", None)
+    if bias is not None:
+        bias.copy_(transform(bias.unflatten(0, (-1, width))).flatten())
     return True
 
 

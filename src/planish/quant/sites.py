@@ -35,6 +35,8 @@ class Site:
         readers: Modules that read it too and stay in float (a router); a fold must compensate them as well.
         producer: Norm or linear that can absorb a transform; None where there is none and transforms stay online.
         channels: Which output of the producer each input channel comes from; None for one to one.
+        partners: Linears beside the producer that read what it reads and have as many outputs, by name (a gate): a
+            permutation of the producer's outputs may need theirs permuted too.
         block: The block it is in.
         split: Whether each consumer sees only some of the tokens (experts).
         whole: Name of a consumer or reader that sees all of them; None where there is none or `split` is False.
@@ -51,6 +53,7 @@ class Site:
     producer_name: str | None
     channels: Int[Tensor, "channels"] | None
     block: Block
+    partners: dict[str, nn.Module] = field(default_factory=dict)
     split: bool = False
     whole: str | None = None
     tokens: dict[str, int] = field(default_factory=dict)
@@ -139,6 +142,7 @@ def _outline(site: Site) -> Site:
     return replace(
         site, measured=None, verdict=None, tokens={}, producer=None, block=Block("", blank, [], [], []),
         consumers=dict.fromkeys(site.consumers, blank), readers=dict.fromkeys(site.readers, blank),
+        partners=dict.fromkeys(site.partners, blank),
     )  # fmt: skip
 
 
@@ -151,6 +155,7 @@ def rebind(site: Site, block: Block) -> Site:
         consumers={n: get(n) for n in site.consumers},
         readers={n: get(n) for n in site.readers},
         producer=producer, producer_name=site.producer_name, channels=site.channels,
+        partners={n: get(n) for n in site.partners},
         block=block, split=site.split, whole=site.whole, tokens=site.tokens, measured=site.measured,
         verdict=site.verdict,
     )  # fmt: skip
@@ -226,8 +231,19 @@ class _Trace:
                 site.whole = next((n for n in names if n not in partial and n in (consumers | readers)), None)
             if self.deterministic:
                 self._find_producer(site, names, order)
+                site.partners = self._partners(site, groups)
             found.append(site)
         return found
+
+    def _partners(self, site: Site, groups: dict[Any, list[str]]) -> dict[str, nn.Module]:
+        """Linears in the producer's own module that read its input and have as many outputs."""
+        made, layer = site.producer_name, site.producer
+        if made is None or layer is None or not is_linear(layer) or site.channels is not None:
+            return {}
+        home, rows = made.rpartition(".")[0], weight_of(layer).shape[0]
+        beside = [n for names in groups.values() if made in names for n in names if n.rpartition(".")[0] == home]
+        alike = [n for n in beside if is_linear(self.modules[n]) and weight_of(self.modules[n]).shape[0] == rows]
+        return {n: self.modules[n] for n in alike if n != made}
 
     def _partial(self, names: list[str]) -> dict[str, nn.Module]:
         """Layers of experts among the readers of one input, each with the list of experts that it belongs to."""
