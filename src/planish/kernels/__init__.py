@@ -140,9 +140,9 @@ def quantize_rows(
 ) -> tuple[Int8[Tensor, "*rows channels"], Float[Tensor, "*rows groups"], Int8[Tensor, "*rows groups"]]:
     """Encode each row as signed integers: x is close to (codes - zero) * scale, and 0 is exact.
 
-    The range is that of the data, or a share of it, computed in float32. A group that holds NaN or infinity, or whose scale does not fit
-    its dtype, keeps a non-finite scale, so that whatever is computed from it is visibly not finite. Not differentiable:
-    a backward pass warns.
+    The range is that of the data, or a share of it, computed in float32. A group that holds NaN or infinity, or whose
+    scale does not fit its dtype, keeps a non-finite scale, so that whatever is computed from it is visibly not finite.
+    Not differentiable: a backward pass warns.
 
     Args:
         x: Activation, in float32, bfloat16, float16 or float64.
