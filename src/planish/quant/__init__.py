@@ -17,6 +17,7 @@ from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
 from planish.quant.methods.awq import awq
 from planish.quant.methods.best import best
+from planish.quant.methods.duquant import duquant
 from planish.quant.methods.gptq import gptq
 from planish.quant.methods.rtn import rtn
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
@@ -29,6 +30,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "gptq": gptq,
     "smoothquant+": smoothquant_plus,
     "best": best,
+    "duquant": duquant,
 }
 """Presets by name; each can be called without arguments."""
 
@@ -50,6 +52,7 @@ __all__ = [
     "awq",
     "best",
     "compare",
+    "duquant",
     "evaluate",
     "export",
     "gptq",

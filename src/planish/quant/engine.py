@@ -191,7 +191,7 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
         transform = None if site.unseen else method.transform(site, method)
         if transform is not None:
             folded[site.kind] = fold.apply(block, transform, site, online=method.online)
-    if getattr(method.round, "sees_clean", False):
+    if any(getattr(step, "sees_clean", False) for step in (method.round, method.refine)):
         block.twin = Block(
             block.name, copy.deepcopy(block.module), block.clean or block.inputs, block.clean_context or block.context,
             block.keep, block.first, block.device,
@@ -203,8 +203,8 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
                 set_weight(site.consumers[name], weight)
         else:
             place(block, step(site, method))
-    block.twin = None
     method.refine(block, method)  # 3. refine
+    block.twin = None
     return folded
 
 

@@ -48,7 +48,7 @@ class Block:
         clean: What enters it in the float model, where `inputs` are those of the quantized one.
         clean_context: The other arguments in the float model: a decoder's hold what its encoder made.
         twin: The block as it was before anything was rounded, with the float model's inputs; None unless a rounding
-            step asks what the float model would have seen.
+            or refining step asks (`sees_clean`) what the float model would have seen.
     """
 
     name: str
