@@ -163,8 +163,9 @@ def demo(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to be written; it must not exist yet.")],
-    method: Annotated[str, typer.Option(help="best, smoothquant+, awq, gptq or rtn.")] = "best",
+    method: Annotated[str, typer.Option(help="best, smoothquant+, awq, gptq, rtn or duquant.")] = "best",
     bits: Annotated[int, typer.Option(help="Bits of a weight.")] = 4,
+    act_bits: Annotated[int | None, typer.Option(help="Bits of an activation, a token at a time.")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale; if not given, 128, 64 or 32.")
     ] = None,
@@ -186,21 +187,9 @@ def quantize(
         source, where = sources.resolve(model), _device(device)
     text = None if data == "auto" else Path(data)
     job = jobs.Job(
-        source,
-        model,
-        out,
-        method,
-        bits,
-        group_size,
-        text,
-        tokens,
-        eval_tokens,
-        window,
-        layout,
-        not resume,
-        where,
-        dtype,
-    )
+        source, model, out, method, bits, group_size, text, tokens, eval_tokens, window, layout, not resume, where,
+        dtype, act_bits,
+    )  # fmt: skip
     with _bars(aloud) as progress:
         done = jobs.run(job, say=lambda text: aloud.print(f"[dim]{_plain(text)}[/dim]"), progress=progress)
     console.print(done.report, markup=False, highlight=False)

@@ -75,6 +75,19 @@ def test_quantize_writes_a_checkpoint_and_its_report(small, text):
     assert sorted(p.name for p in out.parent.iterdir()) == ["small"], "the journal is gone"
 
 
+@pytest.mark.parametrize(
+    ("method", "act"),
+    [("rtn", "Affine(bits=8, group_size=None,"), ("duquant", "Affine(bits=8, group_size=None,")],
+)
+def test_activations_in_few_bits(method, act, model, text, tmp_path):
+    options = ("--method", method, "--act-bits", 8, "--data", text, "--tokens", 128, "--eval-tokens", 0, "--window", 32)
+    run("quantize", model, tmp_path / "out", *options, "--device", "cpu")
+    found = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert found["layout"] == "planish" and all(f"inputs {act}" in name for name in found["formats"])
+    assert (found["transforms"] > 0) == (method == "duquant")
+    assert ("clip=0.8" in found["method"]) == (method == "duquant")
+
+
 def test_evaluate_agrees_with_the_report(small, model, text):
     out, _ = small
     result = run("evaluate", out, "--against", model, "--data", text, "--tokens", 640, "--window", 32, "--json")
@@ -191,7 +204,7 @@ def test_picked_windows_and_the_rest_are_disjoint_and_whole():
         (["quantize", "MODEL", "no/dir/out"], "`OUT` must be in a directory that can be written"),
         (
             ["quantize", "MODEL", "OUT", "--method", "magic"],
-            "`method` must be one of rtn, awq, gptq, smoothquant+, best",
+            "`method` must be one of rtn, awq, gptq, smoothquant+, best, duquant",
         ),
         (["quantize", "MODEL", "OUT", "--data", "nothing.txt"], "`data` must be a readable text file; got"),
         (["quantize", "MODEL", "OUT", "--data", "BYTES"], "`data` must be a text file in UTF-8"),

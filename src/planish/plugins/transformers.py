@@ -3,6 +3,8 @@
     import planish.plugins.transformers
     model = AutoModelForCausalLM.from_pretrained("llama-4bit")   # QLinear layers; generate and save_pretrained work
 
+    model.generate(ids, past_key_values=QuantizedCache())        # keys and values in 4 bits
+
 Only `quant_method: planish` needs it; compressed-tensors checkpoints load in stock transformers, or by `planish.load`.
 """
 
@@ -12,11 +14,12 @@ import torch
 from torch import nn
 
 from planish._support import CheckpointError, require
+from planish.plugins.kv_cache import QuantizedCache
 from planish.quant import fitting, schemes
 from planish.quant.experts import Experts, fused_experts, unfuse
 from planish.quant.layers import QLinear
 
-__all__ = ["PlanishConfig", "PlanishQuantizer"]
+__all__ = ["PlanishConfig", "PlanishQuantizer", "QuantizedCache"]
 
 _why = "planish.plugins.transformers"
 _quantizers = require("transformers.quantizers", "transformers", _why)

@@ -6,7 +6,7 @@ the checkpoint is read back.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import planish
 from planish._support import bad
-from planish.quant import METHODS, sources, texts
+from planish.quant import METHODS, Affine, sources, texts
 from planish.quant.disk import assemble, open_model
 from planish.quant.evaluation import Evaluation, Progress, compare
 from planish.quant.generation import PROMPTS, complete
@@ -42,6 +42,7 @@ class Job:
         fresh: Throw away what an interrupted run left.
         device: Where to compute.
         dtype: See `planish.quant.sources.open_model`.
+        act_bits: Bits of an activation, one scale a token; None for what the method does by itself.
     """
 
     source: Path
@@ -58,6 +59,7 @@ class Job:
     fresh: bool = False
     device: str = "cpu"
     dtype: str = "auto"
+    act_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,17 @@ def run(job: Job, *, say: Callable[[str], None], progress: Progress) -> Done:
         model, weights = open_model(job.source)
     else:
         model, weights = sources.open_model(job.source, dtype=job.dtype), None
-    size = job.group_size
-    if size is None:
+    size, scales = job.group_size, "float16"
+    if getattr(model, "dtype", None) == torch.bfloat16:
+        scales = "bfloat16"  # stock readers cast scales
+    preset = METHODS[job.method]()
+    if size is None and preset.weight.group_size is not None:
         size = sources.auto_group_size(model)
         say(f"groups of {size}: the largest of 128, 64 and 32 that divides every layer")
-    scales = "bfloat16" if getattr(model, "dtype", None) == torch.bfloat16 else "float16"  # stock readers cast scales
     method = METHODS[job.method](bits=job.bits, group_size=size, scale_dtype=scales)
+    if job.act_bits is not None:
+        act = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
+        method = replace(method, act=replace(act, bits=job.act_bits))
     length = min(job.window, getattr(model.config, "max_position_embeddings", None) or job.window)
     fitted, held, data = _texts(job, tokenizer, length, say)
     journal = Journal(job.out.with_name(job.out.name + ".journal"), fresh=job.fresh)
