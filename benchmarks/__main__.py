@@ -23,6 +23,7 @@ NAMES = (
     "decode",
     "decode_large",
 )
+SUITES = {"outliers": "quant"}
 
 
 def _grid(text: str) -> tuple[int, int | None]:
@@ -33,6 +34,7 @@ def _grid(text: str) -> tuple[int, int | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--suite", choices=tuple(SUITES), help="quant: another set of cases, kept under its own name")
     parser.add_argument("--quick", action="store_true", help="a minute's worth of the same cases")
     parser.add_argument(
         "--against", help="only these rivals, comma-separated (part of a name is enough); `none` for none"
@@ -42,7 +44,10 @@ def main() -> None:
     parser.add_argument("--models", help="only models whose name holds one of these, comma-separated")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
-    module = importlib.import_module(f"benchmarks.{args.name}")
+    if args.suite is not None and SUITES[args.suite] != args.name:
+        parser.error(f"--suite {args.suite} belongs to {SUITES[args.suite]}")
+    name = args.suite or args.name
+    module = importlib.import_module(f"benchmarks.{name}")
     if getattr(module, "REUSE_MEMORY", True) and os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
         again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
         os.execve(sys.executable, again, os.environ | harness.REUSE_MEMORY)
@@ -59,7 +64,7 @@ def main() -> None:
     if only is not None:  # a part, to fill the cache: the whole is what is published
         harness.show(rows)
         return
-    path = harness.save(args.name, rows, quick=args.quick, skipped=skipped)
+    path = harness.save(name, rows, quick=args.quick, skipped=skipped)
     harness.show(rows)
     for subject, reason in skipped.items():
         print(f"skipped {subject}: {reason}")

@@ -138,7 +138,7 @@ def test_the_order_of_the_paper(record_claim):
 def test_the_pivot_of_the_authors_code_and_a_random_rotation_run_too():
     model = planted(100.0, layers=1)
     plain = error(model, PLAIN)
-    for step in (DuRotate(block_size=16, pivot="row", shared=True), Hadamard(16, random=True), Hadamard()):
+    for step in (DuRotate(block_size=16, pivot="row", shared=True), Hadamard(16, Smooth(0.6), random=True), Hadamard(None, Smooth(0.6))):
         assert error(model, replace(PLAIN, transform=step)) < plain
 
 

@@ -1,0 +1,152 @@
+"""How much is lost with weights and activations in 4 bits: a scale a row of the weight, a scale a token.
+
+`python -m benchmarks quant --suite outliers`. SmolLM2-135M-Instruct on running text that calibration never saw; a few
+of its channels, and its first token, carry activations thousands of times larger than the rest. Another recipe is one
+more line in `recipes`.
+"""
+
+import gc
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks import data, quality, subjects
+from benchmarks.driver import load_model
+from benchmarks.harness import Row, write_json
+
+logger = logging.getLogger("benchmarks")
+CASE = "SmolLM2-135M, W4A4, a scale a row and a token"
+BASELINES = ("rtn", "hadamard")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything a run takes: (windows, length)."""
+
+    calibration: tuple[int, int]
+    evaluation: tuple[int, int]
+    names: tuple[str, ...] | None = None
+
+
+FULL = Size((16, 512), (32, 512))
+QUICK = Size((2, 64), (2, 64), ("rtn", "hadamard", "duquant"))
+
+
+def recipes() -> dict[str, Callable[[], object]]:
+    """Name what competes; each returns a `planish.quant.Method`."""
+    from planish.quant import Affine, duquant, rtn  # noqa: PLC0415
+    from planish.quant.methods.duquant import DuRotate, Hadamard  # noqa: PLC0415
+    from planish.quant.methods.gptq import Compensate  # noqa: PLC0415
+    from planish.quant.methods.smoothquant_plus import Smooth  # noqa: PLC0415
+
+    act = Affine(4, None, scale_dtype="float32")
+    plain = replace(rtn(group_size=None), act=act, online=True)
+    clipped = {"weight": Affine(4, None, clip=0.8), "act": replace(act, clip=0.9)}
+    level = Smooth(0.6, exceptions=(("mlp.down_proj", None),))
+    return {
+        "rtn": lambda: plain,
+        "smoothing": lambda: replace(plain, transform=Smooth(0.5)),
+        "hadamard": lambda: replace(plain, transform=Hadamard(64)),
+        "hadamard, clipped": lambda: replace(plain, transform=Hadamard(64), **clipped),
+        "smoothing + hadamard, clipped": lambda: replace(plain, transform=Hadamard(64, Smooth(0.6)), **clipped),
+        "duquant": duquant,
+        "duquant, one matrix a layer": lambda: duquant(shared=True),
+        "duquant, permuted first": lambda: duquant(order="permute"),
+        "duquant, symmetric": lambda: duquant(symmetric=True),
+        "duquant, down not smoothed": lambda: replace(duquant(), transform=DuRotate(level)),
+        "duquant + gptq": lambda: replace(duquant(weight_clip=1.0), round=Compensate(clip=True)),
+    }
+
+
+def _scored(
+    name: str, method: object, size: Size, calibration: data.Windows, evaluation: data.Windows, *, fresh: bool
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Quantize and score, or return what an earlier run with the same code, data and settings kept."""
+    import planish  # noqa: PLC0415
+
+    path = data.language_model()
+    what = {"method": repr(method), "calibration": calibration.fingerprint, "evaluation": evaluation.fingerprint}
+    what |= {"weights": data.fingerprint(path), "sources": subjects._sources(subjects._ours("outliers"))}
+    key = sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    folder = data.cache_dir() / "benchmarks"
+    line_path, score_path = folder / f"outliers-{key}.json", folder / f"outliers-{key}.safetensors"
+    if not fresh and line_path.exists() and score_path.exists():
+        return json.loads(line_path.read_text())["line"], load_file(score_path)
+    logger.info("%s: %s", CASE, name)
+    model = load_model(path)
+    reference = quality.hidden_states(model, evaluation.ids)
+    line = {"seconds": 0.0}
+    if method is not None:
+        start = time.perf_counter()
+        batches = [{"input_ids": ids} for ids in calibration.ids.split(4)]
+        planish.quantize(model, batches, method)
+        line["seconds"] = time.perf_counter() - start
+    start = time.perf_counter()
+    scores = quality.language_scores(model, evaluation.ids, reference)
+    line["scoring"] = time.perf_counter() - start
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = score_path.with_suffix(".partial")
+    save_file(scores, partial)
+    partial.replace(score_path)
+    write_json(line_path, {"what": what, "line": line})
+    del model
+    gc.collect()
+    return line, scores
+
+
+def rows(
+    quick: bool,
+    *,
+    only: tuple[str, ...] | None = None,
+    fresh: bool = False,
+    skipped: dict[str, str] | None = None,
+    **_other: object,
+) -> Iterator[Row]:
+    """Yield the rows of all recipes.
+
+    Args:
+        quick: Few tokens, few recipes: that it runs, not what it says.
+        only: Only the recipes with these names, and float; None for all.
+        fresh: Do not use what an earlier run left in the cache.
+        skipped: Unused: every recipe can enter.
+    """
+    size = QUICK if quick else FULL
+    path = data.language_model()
+    calibration = data.windows(path, *size.calibration, evaluation=False)
+    evaluation = data.windows(path, *size.evaluation, evaluation=True)
+    wanted = size.names if only is None else only
+    methods: dict[str, object] = {"float": None}
+    methods |= {name: make() for name, make in recipes().items() if wanted is None or name in wanted}
+    note = f"calibrated on {calibration.source}; scored on {evaluation.source}"
+    results: dict[str, dict[str, Tensor]] = {}
+    for name, method in methods.items():
+        line, scores = _scored(name, method, size, calibration, evaluation, fresh=fresh)
+        results[name] = scores
+        for metric, values in scores.items():
+            found = quality.bootstrap(values)
+            if metric == "nll":  # the interval of a mean of logarithms becomes that of a perplexity
+                ppl = [math.exp(v) for v in (found.value, found.low, found.high)]
+                yield Row(CASE, name, "perplexity", ppl[0], "", None, ppl[1], ppl[2], note)
+            yield Row(CASE, name, metric, found.value, _UNITS[metric], None, found.low, found.high, note)
+        if method is not None:
+            yield Row(CASE, name, "quantizing", line["seconds"], "s")
+    for metric in ("nll", "kl"):
+        for name in results:
+            for baseline in ("float", *BASELINES):
+                if name in ("float", baseline) or baseline not in results or (metric, baseline) == ("kl", "float"):
+                    continue
+                found = quality.bootstrap(results[name][metric] - results[baseline][metric])
+                yield Row(
+                    CASE, name, f"{metric} difference", found.value, "nats/token", baseline, found.low, found.high
+                )
+
+
+_UNITS = {"nll": "nats/token", "kl": "nats/token", "top1": "share", "hidden": "relative MSE"}
