@@ -11,6 +11,7 @@ from benchmarks import harness
 
 NAMES = (
     "quant",
+    "outliers",
     "cost",
     "search",
     "calibration",

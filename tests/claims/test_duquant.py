@@ -1,4 +1,4 @@
-"""DuQuant: exact before rounding, its claim beside plain rounding, smoothing and Hadamard; files and the command line."""
+"""DuQuant: exact before rounding, its claim beside plain rounding, smoothing and Hadamard, its files."""
 
 import copy
 import runpy
@@ -138,7 +138,11 @@ def test_the_order_of_the_paper(record_claim):
 def test_the_pivot_of_the_authors_code_and_a_random_rotation_run_too():
     model = planted(100.0, layers=1)
     plain = error(model, PLAIN)
-    for step in (DuRotate(block_size=16, pivot="row", shared=True), Hadamard(16, Smooth(0.6), random=True), Hadamard(None, Smooth(0.6))):
+    for step in (
+        DuRotate(block_size=16, pivot="row", shared=True),
+        Hadamard(16, Smooth(0.6), random=True),
+        Hadamard(None, Smooth(0.6)),
+    ):
         assert error(model, replace(PLAIN, transform=step)) < plain
 
 

@@ -27,7 +27,9 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("form", [Affine(4, None), Affine(8, 16), Affine(3, None, symmetric=True), Affine(2, 8)], ids=str)
+@pytest.mark.parametrize(
+    "form", [Affine(4, None), Affine(8, 16), Affine(3, None, symmetric=True), Affine(2, 8)], ids=str
+)
 @pytest.mark.parametrize("rotate", [True, False])
 def test_what_is_read_is_what_the_format_says(form, rotate):
     cache = plugin.QuantizedCache(form, rotate=rotate)
@@ -121,7 +123,9 @@ def test_half_precision_comes_back_as_it_came(dtype):
 @pytest.mark.refuses
 def test_bad_arguments():
     for form in (Affine(4, None, scale_dtype="float32"), "int4"):
-        with pytest.raises(ValueError, match="QuantizedCache: `format` must be an Affine format with scales of float16"):
+        with pytest.raises(
+            ValueError, match="QuantizedCache: `format` must be an Affine format with scales of float16"
+        ):
             plugin.QuantizedCache(form)
     with pytest.raises(ValueError, match="QuantizedCache: `values` must be"):
         plugin.QuantizedCache(values=Affine(4, None, scale_dtype="float64"))

@@ -1,4 +1,4 @@
-"""The laws of DuQuant's parts: orthogonality, what one greedy step does, what the kept prefix promises, zigzag's bound."""
+"""The laws of DuQuant's parts: orthogonality, what a greedy step does, what the kept prefix promises, zigzag."""
 
 import itertools
 
@@ -50,7 +50,7 @@ def test_a_random_factor_on_the_right_would_not_leave_the_first_row_constant():
 
 
 def test_a_random_matrix_is_uniform_in_its_diagonal():
-    """Entries of a Haar matrix have mean 0 and variance 1 / n; QR alone, without the signs, has a diagonal of one sign."""
+    """Entries of a Haar matrix have mean 0 and variance 1 / n; QR alone has a diagonal of one sign."""
     draws = torch.stack([random_orthogonal(4, g) for g in itertools.repeat(generator(), 400)])
     assert draws[:, 0, 0].mean().abs() < 4 * 0.5 / 20
     assert (draws.square().mean(0) - 0.25).abs().max() < 0.06
@@ -153,7 +153,9 @@ def test_zigzag_lowers_the_variance_of_block_means(seed):
     m[:32] += 50  # large channels are neighbours, as they are in models
     before = m.view(-1, 32).mean(1).var()
     dealt = m[zigzag(m, 32)].view(-1, 32).mean(1).var()
-    shuffled = torch.stack([m[torch.randperm(256, generator=generator(s))].view(-1, 32).mean(1).var() for s in range(20)])
+    shuffled = torch.stack(
+        [m[torch.randperm(256, generator=generator(s))].view(-1, 32).mean(1).var() for s in range(20)]
+    )
     assert dealt < 0.01 * before
     assert dealt < 0.2 * shuffled.median()
 

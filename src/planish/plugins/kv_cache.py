@@ -6,7 +6,7 @@ integer tensor of the shape that the host expects: reordering for beams, croppin
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int32
@@ -77,8 +77,8 @@ class _QuantizedLayer(_cache.DynamicLayer):  # type: ignore[misc, name-defined]
         self,
         key_states: Float[Tensor, "batch heads tokens channels"],
         value_states: Float[Tensor, "batch heads tokens value_channels"],
-        *args: Any,  # noqa: ANN401, ARG002  (the host's contract)
-        **kwargs: Any,  # noqa: ANN401, ARG002
+        *args: Any,  # noqa: ANN401  (the host's contract)
+        **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
         """Take in new tokens; return all of them as attention reads them."""
         if not self.is_initialized:
@@ -108,4 +108,4 @@ def _read(format: Affine, stored: Int32[Tensor, "*rows words"], channels: int) -
     codes = unpack(words.flatten(0, -2).contiguous(), format.bits, channels).unflatten(0, stored.shape[:-1])
     scale = (ends << 16 >> 16).to(torch.int16).view(SCALE_DTYPES[format.scale_dtype])
     zero = None if format.symmetric else (ends >> 16).to(torch.uint8)
-    return cast(Tensor, QTensor(codes, scale, zero, format).decode())
+    return QTensor(codes, scale, zero, format).decode()

@@ -1,7 +1,8 @@
 """Make a torch model 4-bit.
 
 How to choose: `best()`, unless a paper is to be reproduced. `rtn()` needs no data; `smoothquant_plus()` is quick and
-leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare with.
+leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare with. `duquant()` makes
+activations 4-bit as well.
 """
 
 from collections.abc import Callable

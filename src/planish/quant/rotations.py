@@ -47,7 +47,8 @@ def random_orthogonal(size: int, generator: torch.Generator) -> Float[Tensor, "s
         True
     """
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()  # the signs make the distribution uniform
+    made: Tensor = q * r.diagonal().sign()  # the signs make the distribution uniform
+    return made
 
 
 def spreading(size: int, generator: torch.Generator) -> Float[Tensor, "size size"]:
@@ -100,7 +101,7 @@ def greedy(
     base: Float[Tensor, "size size"],
     *,
     steps: int = 256,
-    patience: int = 32,
+    patience: int = 16,
     pivot: str = "column",
 ) -> tuple[Float[Tensor, "blocks size size"], Float[Tensor, "blocks steps"]]:
     """Search rotations that flatten rows, block by block: spread the largest entry, look again, keep the best prefix.
@@ -133,7 +134,7 @@ def greedy(
         raise bad("greedy", "pivot", f"one of {', '.join(PIVOTS)}", pivot)
     size, blocks = x.shape[-1], torch.arange(len(x), device=x.device)
     base = base.to(x.device)
-    fast = base.to(x.dtype)
+    fast, x = base.to(x.dtype), x.clone()
     turn = torch.eye(size, dtype=torch.float64, device=x.device).repeat(len(x), 1, 1)
     best, least = turn.clone(), _peak_to_peak(x)
     peaks, since = [least], 0
@@ -157,8 +158,7 @@ def _peak_to_peak(x: Float[Tensor, "blocks rows size"]) -> Float[Tensor, "blocks
 
 
 def _swap(x: Tensor, column: Int[Tensor, "blocks"], blocks: Int[Tensor, "blocks"]) -> Tensor:
-    """Return x with the first column of every block and another exchanged."""
-    x = x.clone()
+    """Exchange the first column of every block and another, in place."""
     first, other = x[:, :, 0].clone(), x[blocks, :, column].clone()
     x[:, :, 0] = other
     x[blocks, :, column] = first

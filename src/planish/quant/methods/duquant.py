@@ -108,7 +108,7 @@ class DuRotate:
         pivot: See `planish.quant.rotations.greedy`.
         order: "rotate" (default, as published) ends with a rotation more; "permute" starts with the permutation.
         tokens: How many calibration tokens the search looks at, from the first on. Default 2048.
-        rows: How many rows of a block it keeps of these, those with the largest norms. Default 1024.
+        rows: How many rows of a block it keeps of these, those with the largest norms. Default 512.
         seed: Of the random factor.
 
     Raises:
@@ -127,7 +127,7 @@ class DuRotate:
     pivot: str = "column"
     order: str = "rotate"
     tokens: int = 2048
-    rows: int = 1024
+    rows: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -211,7 +211,7 @@ def duquant(
     ragged: bool = False,
     scale_dtype: str = "float16",
     act_bits: int = 4,
-    alpha: float | None | str = "published",
+    alpha: float | str | None = "published",
     block_size: int = 128,
     shared: bool = False,
     order: str = "rotate",
@@ -258,9 +258,7 @@ def duquant(
         "duquant",
         Affine(bits, group_size, symmetric, ragged, scale_dtype, weight_clip),
         Affine(act_bits, None, symmetric, scale_dtype="float32", clip=act_clip),
-        transform=DuRotate(
-            None if alpha is None else Smooth(alpha), block_size, shared=shared, order=order, seed=seed
-        ),
+        transform=DuRotate(None if alpha is None else Smooth(alpha), block_size, shared=shared, order=order, seed=seed),
         refine=LearnClip() if lwc else no_refine,
         online=True,
     )

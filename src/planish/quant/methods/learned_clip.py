@@ -94,7 +94,7 @@ def _loss(block: Block, student: nn.Module, targets: list[Tensor], optimizer: to
             total += loss.item()
             if optimizer is not None:
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
     return total / len(targets)
 
