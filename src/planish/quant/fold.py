@@ -73,7 +73,7 @@ def _fold(block: Block, transform: Transform, site: Site) -> bool:
                 parameter.copy_(value)
         for parameter, value in saved:
             parameter.copy_(value)
-    if transform.diagonal:
+    if transform.diagonal and site.producer is not None:
         site.verdict = -1
     return False
 
