@@ -189,6 +189,7 @@ def test_learned_clipping_lowers_the_error_of_the_block_and_never_raises_it():
     assert losses[1] < 0.98 * losses[0]
 
 
+@pytest.mark.slow
 def test_compensated_rounding_goes_with_rotations():
     model = planted(100.0, layers=1)
     plain = duquant(block_size=16, weight_clip=1.0)

@@ -12,6 +12,7 @@ from planish.quant import METHODS, quantize
 from planish.quant.engine import Method, no_plan, no_refine, no_transform
 from planish.quant.formats import Affine
 from planish.quant.methods.awq import LocalScale
+from planish.quant.methods.duquant import DuRotate
 from planish.quant.methods.gptq import Compensate
 from planish.quant.methods.smoothquant_plus import Smooth
 from planish.quant.plans import SearchAlpha
@@ -63,11 +64,12 @@ def error(net, method):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_preset_runs_without_arguments_and_says_what_it_is(name):
     method = METHODS[name]()
-    assert method.name == name and method.weight == Affine(4, 128)
+    assert method.name == name and method.weight == (Affine(4, None, clip=0.8) if name == "duquant" else Affine(4, 128))
     assert repr(method) == repr(METHODS[name]()) and "0x" not in repr(method)
     names = {
         "Affine": Affine, "Smooth": Smooth, "SearchAlpha": SearchAlpha, "Nearest": Nearest, "Clip": Clip,
         "Compensate": Compensate, "LocalScale": LocalScale, "ClipOutput": ClipOutput,
+        "DuRotate": DuRotate,
     }  # fmt: skip
     text = repr(method).removeprefix(name)
     steps = {"plan": no_plan, "transform": no_transform, "refine": no_refine}
