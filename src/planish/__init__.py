@@ -7,6 +7,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.plugins    live inside other people's programs
     planish.metrics    is it calibrated?
     planish.nn         layers, smooth where ReLU has a corner
+    planish.linalg     matrix functions
     planish.tune       choose hyper-parameters
     planish.regression predict a whole distribution
 
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
-_ROOMS = ("kernels", "metrics", "nn", "plugins", "quant", "regression", "tune")
+_ROOMS = ("kernels", "linalg", "metrics", "nn", "plugins", "quant", "regression", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
