@@ -16,12 +16,14 @@ from planish.quant.evaluation import Evaluation, compare, evaluate
 from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
 from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
+from planish.quant.low_rank import LowRank
 from planish.quant.methods.awq import awq
 from planish.quant.methods.best import best
 from planish.quant.methods.duquant import duquant
 from planish.quant.methods.gptq import gptq
 from planish.quant.methods.rtn import rtn
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
+from planish.quant.methods.svdquant import svdquant
 from planish.quant.report import Report
 from planish.quant.transcode import export
 
@@ -32,6 +34,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "smoothquant+": smoothquant_plus,
     "best": best,
     "duquant": duquant,
+    "svdquant": svdquant,
 }
 """Presets by name; each can be called without arguments."""
 
@@ -44,6 +47,7 @@ __all__ = [
     "Evaluation",
     "Format",
     "Journal",
+    "LowRank",
     "Method",
     "QLinear",
     "QTensor",
@@ -66,4 +70,5 @@ __all__ = [
     "save",
     "search",
     "smoothquant_plus",
+    "svdquant",
 ]

@@ -6,7 +6,7 @@ Legend: O outputs, C channels, G groups.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from planish._support import bad
-from planish.quant.formats import Affine, Limits, QTensor
+from planish.quant.formats import Affine, Format, Limits, QTensor
 from planish.quant.layers import QLinear
 from planish.quant.moments import gram
 from planish.quant.sites import Site
+from planish.quant.transforms import Shift
 
 if TYPE_CHECKING:
     from planish.quant.engine import Method
@@ -26,7 +27,19 @@ if TYPE_CHECKING:
 def layer_of(site: Site, name: str, weight: QTensor, method: "Method") -> QLinear:
     """Make the quantized layer of one of a site's consumers."""
     bias = getattr(site.consumers[name], "bias", None)
-    return QLinear.of(weight, None if bias is None else bias.detach(), transform=site.online, act=method.act)
+    act = act_of(site, method)
+    return QLinear.of(weight, None if bias is None else bias.detach(), transform=site.online, act=act)
+
+
+def act_of(site: Site, method: "Method") -> Format | None:
+    """Return the grid of a site's activations: without a sign where a `Shift` raised them above zero."""
+    parts = () if site.online is None else site.online.modules()
+    return without_sign(method.act) if any(isinstance(part, Shift) for part in parts) else method.act
+
+
+def without_sign(act: Format | None) -> Format | None:
+    """Return an integer grid with a zero point of its own in every group; any other as it is."""
+    return replace(act, symmetric=False) if isinstance(act, Affine) else act
 
 
 @dataclass(frozen=True)

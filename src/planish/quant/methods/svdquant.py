@@ -1,0 +1,318 @@
+r"""SVDQuant: a thin float branch takes what four bits cannot hold, in weights and activations alike.
+
+Smoothing moves the outliers of activations into the weights; a branch of low rank then takes them out of the weights,
+and only the flat remainder is rounded. So both sides of the product fit four bits.
+
+    x^ = x / s,   W^ = W s,   y = C x^ + Q(W^ - C) Q(x^),   C = up @ down of rank r
+
+    s_j = max_t |X_tj|^alpha / max_o |W_oj|^beta,   (alpha, beta) in {(0, 0), (a, 0), (a, 1 - a)}
+
+Every candidate for s is judged by the layer's output, branch and rounded activations included (`SearchSmooth`). Branch
+and codes are then found in turn (`planish.quant.low_rank.LowRank`). Inputs that are never far below zero, as after
+GELU, are shifted up to be rounded without a sign.
+
+================  =================================  ===========================================
+paper             here                               shape, range
+================  =================================  ===========================================
+lambda            ``Scale.scale``                    (channels,), > 0
+L1, L2            ``up``, ``down``                   (out, r), (r, channels), 16 bits
+r                 ``rank``                           32; 0 to the smaller side of the weights
+alpha, beta       candidates of ``SearchSmooth``     39 of them with ``grid=20``
+================  =================================  ===========================================
+
+Differs from the paper: the branch is fitted to the error of the outputs instead of to the weight (`weigh="weight"` is
+the published fit), given the codes in closed form, and starts from nothing as well as from the weight's own largest
+directions. Symmetric integers reach half a step further than max / 7. Ranks can be spread over the layers under a
+budget of bytes. SiLU is shifted by more than its least value; the published code shifts it by less. Any linear of any
+model is served, weights alone (`act_bits=None`) as well.
+
+When to use: activations of four bits, and adapters on top of a quantized model (`QLinear.add_lora`). For weights alone
+see what `docs/papers/svdquant.md` measured first.
+
+Reference:
+    Li et al., SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models, ICLR 2025.
+    https://arxiv.org/abs/2411.05007
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from planish._support import bad
+from planish.quant.engine import Method
+from planish.quant.formats import Affine, Format
+from planish.quant.local import home, record
+from planish.quant.low_rank import LowRank, Problem, checked_rank, solve
+from planish.quant.methods.gptq import Compensate
+from planish.quant.moments import entering
+from planish.quant.rounding import Nearest, without_sign
+from planish.quant.sites import Site, is_linear
+from planish.quant.spread import SpreadRanks
+from planish.quant.transforms import Chain, Scale, Shift, Transform
+
+LEAST = {"gelu": 0.16997, "silu": 0.27846, "mish": 0.30884}
+"""How far below zero each of these activations can go."""
+SHIFTS = {"gelu": 0.171875, "silu": 0.28125, "mish": 0.31640625}
+"""What is added to their values: no less than that, and exact in 16 bits."""
+_WIDEST = 1e4  # of a smoothing factor from the middle: weights times it must fit 16 bits
+
+
+@dataclass(frozen=True)
+class SearchSmooth:
+    """Smooth a site by the factors that lose least with the branch beside the rounded weights.
+
+    Args:
+        grid: Steps of alpha over [0, 1]; default 20, which makes 39 candidates. 1 leaves activations as they are.
+        alpha: One strength in [0, 1] instead of a search (with beta = 1 - alpha); default None.
+        tokens: How many tokens a candidate is judged on. Default 1024.
+        judge: "module" (default): where several layers share an input, by the output of the smallest module that holds
+            them (the attention); "layer": always by the layers' own outputs.
+        unsigned: Shift inputs that lie just above the least value of GELU, SiLU or Mish. Default True.
+        fold: Let the layer before absorb factors where it can. Default False, as published: then adapters trained on
+            the float model fit without a change.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> len(list(SearchSmooth(grid=20).exponents()))
+        39
+    """
+
+    grid: int = 20
+    alpha: float | None = None
+    tokens: int = 1024
+    judge: str = "module"
+    unsigned: bool = True
+    fold: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.grid < 1:
+            raise bad("SearchSmooth", "grid", "at least 1", self.grid)
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise bad("SearchSmooth", "alpha", "None or a float in [0, 1]", self.alpha)
+        if self.tokens < 1:
+            raise bad("SearchSmooth", "tokens", "at least 1", self.tokens)
+        if self.judge not in ("module", "layer"):
+            raise bad("SearchSmooth", "judge", "'module' or 'layer'", self.judge)
+
+    def exponents(self) -> Iterator[tuple[float, float]]:
+        """Yield the candidates (alpha, beta)."""
+        if self.alpha is not None:
+            yield self.alpha, 1 - self.alpha
+            return
+        yield 0.0, 0.0
+        for i in range(1, self.grid):
+            yield i / self.grid, 0.0
+            yield i / self.grid, 1 - i / self.grid
+
+    def __call__(self, site: Site, method: Method) -> Transform | None:
+        """Return the site's transform, or None where it is best left alone."""
+        if not self.fold:
+            site.producer = None  # of this site alone: the transform stays at the layers' input
+        x = _sample(site, self.tokens)
+        shift = self._shift(site, method)
+        inputs = x if shift is None else shift(x)
+        top = inputs.abs().amax(0) if shift is not None else site.moments.amax
+        candidates = [scales(site, top, *pair) for pair in self.exponents()]
+        best = candidates[0]
+        if len(candidates) > 1:
+            judge = self._judge(site, method, inputs, shift)
+            errors = [judge(scale) for scale in candidates]
+            best = candidates[min(range(len(errors)), key=errors.__getitem__)]
+        parts = ([] if shift is None else [shift]) + ([] if bool((best == 1).all()) else [Scale(best)])
+        return None if not parts else parts[0] if len(parts) == 1 else Chain(*parts)
+
+    def _shift(self, site: Site, method: Method) -> Shift | None:
+        """Return the shift of a site whose inputs are never far below zero, as integers without a sign want them."""
+        if not self.unsigned or not method.online or not isinstance(method.act, Affine):
+            return None
+        low = high = 0.0
+        for x in entering(site.block, site):
+            if len(x):
+                low, high = min(low, x.min().item()), max(high, x.max().item())
+        for name, least in LEAST.items():  # the least value is met wherever some hundred numbers are looked at
+            if 0.97 * least <= -low <= SHIFTS[name] and high > 4 * least:
+                channels = next(iter(site.weights.values())).shape[1]
+                like = next(iter(site.weights.values()))
+                return Shift(torch.full((channels,), SHIFTS[name], dtype=like.dtype, device=like.device))
+        return None
+
+    def _judge(self, site: Site, method: Method, inputs: Tensor, shift: Shift | None) -> Any:  # noqa: ANN401
+        """Return the function from factors to the error that they leave."""
+        step = method.round if isinstance(method.round, LowRank) else LowRank(0)
+        rank = checked_rank(step.rank_of(site.name, site.kind), site)
+        grid = method.weight
+        weight = torch.cat(list(site.weights.values()))
+        act = without_sign(method.act) if shift is not None else method.act
+        module = home(site)[1]
+        calls = None
+        if self.judge == "module" and len(site.consumers) > 1 and not site.split and not is_linear(module):
+            calls = record(site.block, module, self.tokens)
+
+        def judge(scale: Tensor) -> float:
+            problem = _sampled(weight * scale, inputs / scale, act, step.weigh)
+            if rank:
+                branch, before, error, _ = solve(
+                    problem, rank, grid.fake, dtype=step.stored(site), iterations=1, exact=False, where=site.name
+                )
+                rounded = grid.fake(problem.weight - before.values.to(weight.dtype))
+                pair = (branch.down, branch.up)
+            else:
+                rounded, pair = grid.fake(problem.weight), None
+                error = problem.error(None, rounded)
+            if calls is None:
+                return error
+            parts: list[Transform] = [*([] if shift is None else [shift]), Scale(scale)]
+            return _swapped(site, calls.error, rounded, pair, Chain(*parts), act)
+
+        return judge
+
+
+def _sampled(weight: Tensor, x: Tensor, act: Format | None, weigh: str) -> Problem:
+    """Return the problem of a site as a few of its tokens pose it."""
+    gram = x.T @ x / len(x)
+    if act is None:
+        return Problem(weight, gram, weigh=weigh)
+    d = act.fake(x) - x
+    return Problem(weight, gram, x.T @ d / len(x), d.T @ d / len(x), weigh)
+
+
+def _swapped(
+    site: Site, judge: Any, rounded: Tensor, pair: tuple[Tensor, Tensor] | None, transform: Transform, act: Format | None
+) -> float:  # fmt: skip
+    """Judge with stand-ins of the quantized layers in the block; the float ones come back."""
+    sizes = [len(w) for w in site.weights.values()]
+    ups = [None] * len(sizes) if pair is None else pair[1].split(sizes)
+    try:
+        for name, values, up in zip(site.consumers, rounded.split(sizes), ups, strict=True):
+            low = None if pair is None or up is None else (pair[0], up)
+            original = site.consumers[name]
+            bias = getattr(original, "bias", None)
+            if not transform.linear:
+                bias = transform.bias(site.weights[name], bias)
+            site.block.module.set_submodule(name, _StandIn(values, bias, low, transform, act))
+        return float(judge())
+    finally:
+        for name, module in site.consumers.items():
+            site.block.module.set_submodule(name, module)
+
+
+class _StandIn(nn.Module):
+    """What a quantized layer will compute, from values instead of codes."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, low: tuple[Tensor, Tensor] | None, transform: Transform,
+        act: Format | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.weight, self.bias, self.low, self.transform, self.act = weight, bias, low, transform, act
+
+    def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        """Return the output."""
+        x = self.transform(x)
+        y = nn.functional.linear(x if self.act is None else self.act.fake(x), self.weight, self.bias)
+        if self.low is None:
+            return y
+        return y + nn.functional.linear(nn.functional.linear(x, self.low[0].to(x.dtype)), self.low[1].to(x.dtype))
+
+
+def scales(site: Site, top: Float[Tensor, "channels"], alpha: float, beta: float) -> Float[Tensor, "channels"]:
+    """Return s = max|x|^alpha / max|W|^beta of a site, in the middle of its range; 1 where a channel is dead.
+
+    Args:
+        site: Its weights are looked at.
+        top: max |x| of each channel.
+        alpha: Exponent of the activation.
+        beta: Exponent of the weight.
+
+    Returns:
+        s: all 1 where both exponents are 0 or nothing is alive, and within 1e4 of 1 otherwise.
+    """
+    columns = torch.stack([w.abs().amax(0) for w in site.weights.values()]).amax(0).to(top.dtype)
+    top, columns = (site.tied(v) for v in (top, columns)) if site.producer is not None else (top, columns)
+    alive = (top > 0) & (columns > 0)
+    if (alpha == 0 and beta == 0) or not bool(alive.any()):
+        return torch.ones_like(top)
+    s = top.clamp(min=1e-12) ** alpha / columns.clamp(min=1e-12) ** beta
+    s = s / (s[alive].amax() * s[alive].amin()).sqrt()
+    return torch.where(alive & torch.isfinite(s), s.clamp(1 / _WIDEST, _WIDEST), 1.0)
+
+
+def _sample(site: Site, tokens: int) -> Float[Tensor, "tokens channels"]:
+    """Return some of the tokens that enter a site, taken evenly from all batches."""
+    batches = [x for x in entering(site.block, site) if len(x)]
+    each = -(-tokens // max(len(batches), 1))
+    return torch.cat([x[:: max(1, len(x) // each)][:each] for x in batches])
+
+
+def svdquant(
+    *,
+    bits: int = 4,
+    group_size: int | None = 64,
+    symmetric: bool = True,
+    ragged: bool = False,
+    scale_dtype: str = "float16",
+    act_bits: int | None = 4,
+    rank: int = 32,
+    budget: int | None = None,
+    smooth: str | float | None = "search",
+    grid: int = 20,
+    iterations: int = 100,
+    weigh: str = "output",
+    unsigned: bool = True,
+    fold: bool = False,
+    inner: Any = None,  # noqa: ANN401  (any rounding step)
+    correct: float = 0.0,
+    dtype: str = "auto",
+) -> Method:
+    """Round weights and activations to four bits, with a float branch of low rank beside them.
+
+    Args:
+        bits: Bits of a weight; default 4.
+        group_size: Channels that share a scale, in weights and activations; None for one a row. Default 64.
+        symmetric: No zero points in the weights (activations never have any unless they are shifted). Default True.
+        ragged: Allow a shorter last group.
+        scale_dtype: See `planish.quant.Affine`.
+        act_bits: Bits of an activation; None keeps activations in float. Default 4.
+        rank: Of the branch, the same everywhere; 0 for none. Default 32.
+        budget: Bytes that all branches of the model may take together; their ranks then differ, and `rank` is not read.
+            Default None.
+        smooth: "search" (default), one strength in [0, 1], or None for no smoothing.
+        grid: See `SearchSmooth`; default 20.
+        iterations: See `LowRank`; default 100, which is seldom reached.
+        weigh: See `LowRank`; "weight" is the published fit. Default "output".
+        unsigned: See `SearchSmooth`. Default True.
+        fold: See `SearchSmooth`. Default False.
+        inner: Rounding step of the residual; default to nearest. `planish.quant.methods.gptq.Compensate()` is the
+            published option.
+        correct: See `LowRank`; default 0.
+        dtype: In which the branch is stored, see `LowRank`.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> svdquant(rank=16, act_bits=None).round.rank
+        16
+    """
+    if isinstance(smooth, str) and smooth != "search":
+        raise bad("svdquant", "smooth", "'search', a float in [0, 1] or None", smooth)
+    weight = Affine(bits, group_size, symmetric, ragged, scale_dtype)
+    act = None if act_bits is None else Affine(act_bits, group_size, True, ragged, scale_dtype)
+    step = LowRank(rank, inner or Nearest(), weigh, iterations, dtype=dtype, correct=correct)
+    method = Method("svdquant", weight, act, round=step, online=True)
+    if smooth is not None or (unsigned and act is not None):
+        alone = smooth is None
+        search = SearchSmooth(1 if alone else grid, None if isinstance(smooth, str) or alone else float(smooth),
+                              unsigned=unsigned, fold=fold)  # fmt: skip
+        method = replace(method, transform=search)
+    return method if budget is None else replace(method, plan=SpreadRanks(budget))
