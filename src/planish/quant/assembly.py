@@ -25,7 +25,8 @@ def _matrix(layer: nn.Module) -> placing.Matrix:
     if not isinstance(layer, QLinear):
         dense = dense_rows(layer)
         return placing.Matrix(len(dense), dense.shape[1], dense=dense, bias=bias)
-    if layer.format.bits != 4 or layer.transform is not None or layer.act is not None or layer.down is not None:
+    beside = layer.down is not None or layer.loras
+    if layer.format.bits != 4 or layer.transform is not None or layer.act is not None or beside:
         raise UnfitError("a layer is not plainly 4-bit: it has other bits, a transform, rounded inputs or a branch")
     group = min(layer.format.group_size or layer.in_features, layer.in_features)
     zero = None if layer.weight_zero_point is None else layer.zeros()

@@ -1,6 +1,6 @@
 """The run-time layer: everything a method can produce is a `QLinear`.
 
-    y = Q(W) q(T(x)) + up(down(T(x))) + b
+    y = Q(W) q(T(x)) + up(down(T(x))) + b + the same for every adapter (LoRA) that was added
 
 Each part is optional except Q(W). The buffers carry the names and the layout of a compressed-tensors checkpoint, so
 that `state_dict()` is what lies on disk.
@@ -8,7 +8,8 @@ that `state_dict()` is what lies on disk.
 Legend: O outputs, I inputs, G groups of a row.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -38,7 +39,8 @@ class QLinear(nn.Module):
             `Affine` grid of 2 to 8 bits runs on integers, where an input that is not finite gives a result that is not;
             elsewhere it is refused.
         rank: Rank of a float branch beside the quantized weight; 0 for none.
-        dtype: Of bias and branch; default torch's default.
+        loras: Rank and scale of the adapters by name, see `add_lora`.
+        dtype: Of bias, branch and adapters; default torch's default.
         device: Where the buffers live.
 
     Attributes:
@@ -63,6 +65,8 @@ class QLinear(nn.Module):
     bias: Tensor | None
     down: Tensor | None
     up: Tensor | None
+    lora_down: Tensor | None
+    lora_up: Tensor | None
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class QLinear(nn.Module):
         transform: Transform | None = None,
         act: Format | None = None,
         rank: int = 0,
+        loras: Mapping[str, tuple[int, float]] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -93,6 +98,11 @@ class QLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         self.register_buffer("down", torch.zeros(rank, in_features, dtype=dtype, device=device) if rank else None)
         self.register_buffer("up", torch.zeros(out_features, rank, dtype=dtype, device=device) if rank else None)
+        self.loras = dict(loras or {})
+        rank = sum(r for r, _ in self.loras.values())
+        down, up = (torch.zeros(s, dtype=dtype, device=device) for s in ((rank, in_features), (out_features, rank)))
+        self.register_buffer("lora_down", down if rank else None)
+        self.register_buffer("lora_up", up if rank else None)
 
     @classmethod
     def of(
@@ -152,20 +162,139 @@ class QLinear(nn.Module):
             x = self.transform(x)
         if self._on_integers(x):
             return self._integer_product(x)
-        low = None if self.down is None else x @ self.down.to(x.dtype).T  # the branch reads unrounded inputs
+        down, up, bias = self.float_parts()
+        low = None if down is None else x @ down.to(x.dtype).T  # the branch reads unrounded inputs
         if self.act is not None:
             x = self.act.fake(x)
         y = kernels.w4a16(
             x, self.weight_packed, self.weight_scale, self._runtime_zeros(),
-            None if self.bias is None else self.bias.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
             bits=self.format.bits, group_size=self.format.group_size or self.in_features,
             activation_bits=None if self.act is not None else self.activation_bits,
         )  # fmt: skip
-        return y if low is None else y + low @ cast(Tensor, self.up).to(x.dtype).T
+        return y if low is None else y + low @ cast(Tensor, up).to(x.dtype).T
+
+    def add_lora(
+        self, name: str, down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"], scale: float = 1.0
+    ) -> None:
+        """Add an adapter that was trained on the float layer, in place; codes and branch stay as they are.
+
+        It adds scale * up @ down @ x with x the layer's own input, before any transform that is in the layer. Where a
+        transform was folded into the layer before, that input is no longer the float model's: quantize with
+        `svdquant(fold=False)`, its default, to keep it.
+
+        Args:
+            name: By which it is scaled and removed.
+            down: (r, I).
+            up: (O, r).
+            scale: Its strength (alpha / r, as most adapters are published).
+
+        Raises:
+            ValueError: The name is empty or taken, a shape does not fit, or a value is not finite.
+
+        Example:
+            >>> from planish.quant.formats import Affine
+            >>> layer, x = QLinear.of(Affine(4, 32).encode(torch.randn(8, 64))), torch.randn(1, 64)
+            >>> before = layer(x)
+            >>> layer.add_lora("style", torch.randn(2, 64), torch.randn(8, 2), scale=0.5)
+            >>> torch.equal(layer(x), before)
+            False
+            >>> layer.remove_lora("style")
+            >>> torch.equal(layer(x), before)
+            True
+        """
+        if not isinstance(name, str) or not name or name in self.loras:
+            raise bad("add_lora", "name", "a name that is not taken", name)
+        rank = len(down) if down.ndim == 2 else 0
+        if not rank or tuple(down.shape) != (rank, self.in_features) or tuple(up.shape) != (self.out_features, rank):
+            shapes = f"(r, {self.in_features}) and (out, r) with out {self.out_features}"
+            raise bad("add_lora", "down, up", f"of shape {shapes}", (tuple(down.shape), tuple(up.shape)))
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise bad("add_lora", "down, up", "finite", "NaN or infinity")
+        self._check_strength("add_lora", scale)
+        device = self.weight_packed.device
+        down, up = down.detach().to(device), up.detach().to(device)
+        if self.lora_down is not None and self.lora_up is not None:  # the finest of all, so that none is changed
+            wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), self.lora_down.dtype)
+            down = torch.cat([self.lora_down.to(wide), down.to(wide)])
+            up = torch.cat([self.lora_up.to(wide), up.to(wide)], 1)
+        wide = torch.promote_types(down.dtype, up.dtype)
+        self.lora_down, self.lora_up = down.to(wide, copy=True), up.to(wide, copy=True)
+        self.loras[name] = rank, float(scale)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change the strength of an adapter.
+
+        Args:
+            name: Given to `add_lora`.
+            scale: Its new strength.
+
+        Raises:
+            ValueError: There is no such adapter, or the strength is not finite.
+        """
+        self._check_lora("set_lora_scale", name)
+        self._check_strength("set_lora_scale", scale)
+        self.loras[name] = self.loras[name][0], float(scale)
+
+    def remove_lora(self, name: str) -> None:
+        """Take an adapter away again: with none left the layer computes what it did before, bit for bit.
+
+        Args:
+            name: Given to `add_lora`.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        self._check_lora("remove_lora", name)
+        keep = torch.tensor([n != name for n, (rank, _) in self.loras.items() for _ in range(rank)])
+        keep = keep.to(self.weight_packed.device)
+        del self.loras[name]
+        down, up = cast(Tensor, self.lora_down), cast(Tensor, self.lora_up)
+        self.lora_down, self.lora_up = (down[keep], up[:, keep]) if self.loras else (None, None)
+
+    def _check_lora(self, where: str, name: str) -> None:
+        if name not in self.loras:
+            raise bad(where, "name", f"one of {', '.join(self.loras) or 'none: there is no adapter'}", name)
+
+    @staticmethod
+    def _check_strength(where: str, scale: float) -> None:
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise bad(where, "scale", "a finite number", scale)
+
+    def float_parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return (down, up, bias) of the float side as it acts on the transformed input, adapters included."""
+        if not self.loras:
+            return self.down, self.up, self.bias
+        made = cast(Tensor, self.lora_down), cast(Tensor, self.lora_up)
+        sources = (*made, self.down, self.up, self.bias)
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
+        ):
+            return self._adapted(*made)
+        state = [None if t is None else t._version for t in sources], dict(self.loras)
+        kept = self.__dict__.get("_joined")
+        if kept is None or kept[1] != state or any(a is not b for a, b in zip(kept[0], sources, strict=True)):
+            kept = self.__dict__["_joined"] = sources, state, self._adapted(*made)
+        return cast(tuple[Tensor | None, Tensor | None, Tensor | None], kept[2])
+
+    def _adapted(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Join branch and adapters into one, in float32 or finer."""
+        wide = torch.promote_types(down.dtype, torch.float32)
+        strength = [scale for rank, scale in self.loras.values() for _ in range(rank)]
+        raw, up = down.to(wide), up.to(wide) * torch.tensor(strength, dtype=wide, device=up.device)
+        down, bias = raw, self.bias
+        if self.transform is not None:  # a matrix over the raw input becomes one over the transformed one
+            down = self.transform.weight(raw)
+            if not self.transform.linear:
+                moved = up @ cast(Tensor, self.transform.bias(raw, None))
+                bias = moved if bias is None else bias.to(wide) + moved
+        if self.down is not None and self.up is not None:
+            down, up = torch.cat([self.down.to(wide), down]), torch.cat([self.up.to(wide), up], 1)
+        return down, up, bias
 
     def _on_integers(self, x: Tensor) -> bool:
         """Whether the product is one of integers: where there are kernels for it, and nobody wants gradients."""
-        wanted = (x, self.bias, self.down, self.up)
+        wanted = (x, self.bias, self.down, self.up, self.lora_down, self.lora_up)
         return (
             isinstance(self.act, Affine)
             and self.act.bits >= 2
@@ -179,15 +308,16 @@ class QLinear(nn.Module):
         """Encode the (transformed) input on the grid of `act`, and multiply codes by codes."""
         act = cast(Affine, self.act)
         act.n_groups(self.in_features)  # says what does not divide
+        down, up, bias = self.float_parts()
         codes, step, zero = kernels.quantize_rows(
             x, bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
             scale_dtype=SCALE_DTYPES[act.scale_dtype], clip=act.clip,
         )  # fmt: skip
         return kernels.qgemm(
-            codes, step, self.weight_packed, self.weight_scale, self._runtime_zeros(), self.bias,
+            codes, step, self.weight_packed, self.weight_scale, self._runtime_zeros(), bias,
             bits=self.format.bits, group_size=self.format.group_size or self.in_features,
             x_zero=None if act.symmetric else zero, x_group_size=act.group_size,
-            down=self.down, up=self.up, x=None if self.down is None else x, dtype=x.dtype,
+            down=down, up=up, x=None if down is None else x, dtype=x.dtype,
         )  # fmt: skip
 
     def _runtime_zeros(self) -> Tensor:
@@ -212,9 +342,10 @@ class QLinear(nn.Module):
         """Return the `nn.Linear` that this layer equals when `act` is None, in `dtype` at the least."""
         weight = self.weight.decode()
         weight = weight.to(torch.promote_types(weight.dtype, dtype))
-        if self.down is not None and self.up is not None:
-            weight = weight + self.up.to(weight.dtype) @ self.down.to(weight.dtype)
-        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        down, up, bias = self.float_parts()
+        if down is not None and up is not None:
+            weight = weight + up.to(weight.dtype) @ down.to(weight.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
         if self.transform is not None:  # columns of the product with a basis; the offset goes to the bias
             eye = torch.eye(self.in_features, dtype=weight.dtype, device=weight.device)
             offset = self.transform(torch.zeros_like(eye[:1]))
@@ -233,4 +364,5 @@ class QLinear(nn.Module):
         parts = [f"{self.in_features} -> {self.out_features}", str(self.format)]
         parts += [f"act={self.act}"] if self.act is not None else []
         parts += [f"rank={self.down.shape[0]}"] if self.down is not None else []
+        parts += [f"loras={list(self.loras)}"] if self.loras else []
         return ", ".join(parts)

@@ -32,6 +32,8 @@ def not_plain(layer: QLinear) -> str | None:
         return f"its inputs are rounded to {layer.act}"
     if layer.down is not None:
         return "it has a low-rank branch"
+    if layer.loras:
+        return f"it carries the adapter {next(iter(layer.loras))!r}"
     if layer.format.group_size is not None and layer.in_features % layer.format.group_size:
         return f"{layer.in_features} inputs leave a shorter last group of {layer.format.group_size}"
     return None

@@ -141,9 +141,7 @@ class Problem:
         return start @ turn, turn.T @ down
 
 
-def moments(
-    site: Site, act: Format | None
-) -> tuple[Float[Tensor, "channels channels"], Tensor | None, Tensor | None]:
+def moments(site: Site, act: Format | None) -> tuple[Float[Tensor, "channels channels"], Tensor | None, Tensor | None]:
     """Return the means of x x', x d' and d d' over the tokens that enter a site; None for the last two without `act`.
 
     Raises:

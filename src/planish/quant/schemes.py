@@ -4,6 +4,7 @@ Four dialects are read: compressed-tensors `pack-quantized`, AWQ (gemm), GPTQ an
 the tensors is told from them, and the config must agree; its regular expressions are never run.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -82,6 +83,11 @@ def describe(name: str, layer: QLinear) -> dict[str, Any]:
         made["transform"] = _describe_transform(name, layer.transform)
     if layer.down is not None:
         made["low_rank"] = {"rank": layer.down.shape[0], "dtype": _dtype_name(layer.down)}
+    if layer.lora_down is not None:
+        made["loras"] = {
+            "dtype": _dtype_name(layer.lora_down),
+            "parts": [{"name": n, "rank": rank, "scale": scale} for n, (rank, scale) in layer.loras.items()],
+        }
     return made
 
 
@@ -115,6 +121,7 @@ def empty_layer(name: str, entry: object) -> QLinear:
         and set(low_rank) == {"rank", "dtype"}
     ):
         raise CheckpointError(f"quantization_config, `{name}`: sizes of the layer are damaged.", "unsupported")
+    loras, lora_dtype = _loras(name, entry.get("loras"))
     rank, bias = low_rank["rank"], entry.get("bias")
     named = [low_rank["dtype"], *([] if bias is None else [bias])]
     if (
@@ -140,6 +147,11 @@ def empty_layer(name: str, entry: object) -> QLinear:
         )
     except (ValueError, RuntimeError) as error:  # channels that do not divide; sizes past what torch can count
         raise CheckpointError(f"quantization_config, `{name}`: {error}", "shape") from None
+    layer.loras = loras
+    if loras:
+        total = sum(rank for rank, _ in loras.values())
+        layer.lora_down = torch.zeros(total, entry["in"], dtype=lora_dtype, device="meta")
+        layer.lora_up = torch.zeros(entry["out"], total, dtype=lora_dtype, device="meta")
     if bias is not None:
         layer.bias = torch.zeros(entry["out"], dtype=SCALE_DTYPES[bias], device="meta")
     if entry.get("transform") is not None:
@@ -147,7 +159,28 @@ def empty_layer(name: str, entry: object) -> QLinear:
     return layer
 
 
-_FIELDS = {"in", "out", "weight", "bias", "act", "transform", "low_rank"}
+_FIELDS = {"in", "out", "weight", "bias", "act", "transform", "low_rank", "loras"}
+
+
+def _loras(name: str, entry: object) -> tuple[dict[str, tuple[int, float]], torch.dtype]:
+    """Read the adapters of a layer's description: rank and scale by name, and the dtype of all."""
+    if entry is None:
+        return {}, torch.float32
+    fault = CheckpointError(f"quantization_config, `{name}`: loras is damaged.", "unsupported")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "parts"} or not isinstance(entry["parts"], list):
+        raise fault
+    found: dict[str, tuple[int, float]] = {}
+    for part in entry["parts"]:
+        if not isinstance(part, dict) or set(part) != {"name", "rank", "scale"}:
+            raise fault
+        key, rank, scale = part["name"], part["rank"], part["scale"]
+        sound = isinstance(key, str) and key and key not in found and type(rank) is int and 0 < rank < 1 << 31
+        if not sound or type(scale) not in (int, float) or not math.isfinite(scale):
+            raise fault
+        found[key] = rank, float(scale)
+    if not found or not isinstance(entry["dtype"], str) or entry["dtype"] not in SCALE_DTYPES:
+        raise fault
+    return found, SCALE_DTYPES[entry["dtype"]]
 
 
 def _empty_transform(name: str, entry: object, channels: int, depth: int = 0) -> Transform:

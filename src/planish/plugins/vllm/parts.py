@@ -205,10 +205,10 @@ def join(parts: Sequence[QLinear]) -> QLinear | Beside:
 
 
 def check_servable(name: str, layer: QLinear) -> None:
-    """Refuse a layer whose answer to one request would depend on the others in the batch.
+    """Refuse a layer whose answer to one request would depend on the others in the batch, or that carries adapters.
 
     Raises:
-        ValueError: Inputs are rounded to FP4, whose scale is chosen for the whole tensor.
+        ValueError: Inputs are rounded to FP4, whose scale is chosen for the whole tensor; or there are adapters.
 
     Example:
         >>> check_servable("q", QLinear.of(Affine(4, 32).encode(torch.randn(8, 32)), act=Affine(8, None)))
@@ -218,6 +218,8 @@ def check_servable(name: str, layer: QLinear) -> None:
             f"`{name}`: inputs rounded to {layer.act} share a scale over all tokens of a batch, so that requests would "
             "change each other's answers; the method planish does not serve them."
         )
+    if layer.loras:
+        raise ValueError(f"`{name}`: it carries {', '.join(layer.loras)}; let vLLM apply adapters to a layer without.")
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:
