@@ -45,7 +45,7 @@ class Ladder:
 Make = Callable[[int, int | None, int], Any]
 
 
-def _branch(bits: int, group_size: int | None, budget: int, **settings: Any) -> quant.Method:
+def _branch(bits: int, group_size: int | None, budget: int, **settings: object) -> quant.Method:
     settings = {"symmetric": False, "act_bits": None, "smooth": None, "ragged": True, "iterations": 20} | settings
     return svdquant(bits=bits, group_size=group_size, budget=budget, **settings)
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from planish.kernels import decoding, placing
 from planish.quant.anatomy import Anatomy, Norm, UnfitError
+from planish.quant.formats import FP4
 from planish.quant.layers import QLinear
 
 
@@ -25,7 +26,7 @@ def _matrix(layer: nn.Module) -> placing.Matrix:
     if not isinstance(layer, QLinear):
         dense = dense_rows(layer)
         return placing.Matrix(len(dense), dense.shape[1], dense=dense, bias=bias)
-    beside = layer.down is not None or layer.loras
+    beside = layer.down is not None or layer.loras or isinstance(layer.format, FP4)
     if layer.format.bits != 4 or layer.transform is not None or layer.act is not None or beside:
         raise UnfitError("a layer is not plainly 4-bit: it has other bits, a transform, rounded inputs or a branch")
     group = min(layer.format.group_size or layer.in_features, layer.in_features)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from planish._support import bad, warn_once
 from planish.quant import fold
 from planish.quant.experts import unfuse
-from planish.quant.formats import Affine, Format
+from planish.quant.formats import Affine, Format, Weight
 from planish.quant.layers import QLinear
 from planish.quant.moments import measure
 from planish.quant.precision import Dense, restore, round_off
@@ -73,7 +73,7 @@ class Method:
     """
 
     name: str = "rtn"
-    weight: Affine = field(default_factory=Affine)
+    weight: Weight = field(default_factory=Affine)
     act: Format | None = None
     plan: Callable[["Walk", "Method"], "Method"] = no_plan
     transform: Callable[[Site, "Method"], Transform | None] = no_transform
@@ -380,4 +380,6 @@ def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -
         try:
             method.weight.n_groups(weight.shape[1])
         except ValueError as error:
-            raise ValueError(f"{where}, `{name}`: {str(error).removeprefix('Affine: ')}") from None
+            raise ValueError(
+                f"{where}, `{name}`: {str(error).removeprefix('Affine: ').removeprefix('FP4: ')}"
+            ) from None

@@ -25,7 +25,7 @@ SCALE_DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1 magnitudes, by code
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1 magnitudes, by code
 
 
 @dataclass(frozen=True)
@@ -250,16 +250,25 @@ class FP4(Format):
 
     group_size: int = 16
 
+    bits = 4
+    symmetric = True
+    scale_dtype = "float8_e4m3fn"
+
     def __post_init__(self) -> None:
         """Check the arguments."""
         if not _is_size(self.group_size):
             raise bad("FP4", "group_size", "a positive integer", self.group_size)
 
+    def n_groups(self, channels: int) -> int:
+        """Return how many groups a row of `channels` has, or raise ValueError where they do not divide."""
+        if channels % self.group_size:
+            other = f"a divisor of {channels}"
+            raise _no_division("FP4", channels, self.group_size, f" or {other}", other)
+        return channels // self.group_size
+
     def _grouped(self, x: Tensor) -> Tensor:
         """View as (*rows, G, group)."""
-        if x.shape[-1] % self.group_size:
-            other = f"a divisor of {x.shape[-1]}"
-            raise _no_division("FP4", x.shape[-1], self.group_size, f" or {other}", other)
+        self.n_groups(x.shape[-1])
         grouped: Tensor = x.unflatten(-1, (-1, self.group_size))
         return grouped
 
@@ -271,10 +280,10 @@ class FP4(Format):
         top = grouped.abs().amax(-1) if limits is None else torch.maximum(limits[0].abs(), limits[1].abs()).float()
         scale = top / 6.0
         most = scale.amax() if scale.numel() else scale.new_zeros(())
-        outer = torch.exp2(torch.ceil(torch.log2(most.clamp(min=1e-30) / 448.0)))
+        outer = outer_scale(most)
         scale = (scale / outer).to(torch.float8_e4m3fn).float()
         scale = torch.where(scale > 0, scale, 2.0**-9) * outer  # smallest e4m3: an all-zero group stays zero
-        values = torch.tensor(_FP4_VALUES, device=x.device)
+        values = torch.tensor(FP4_VALUES, device=x.device)
         ratio = grouped / scale[..., None]
         magnitude = torch.bucketize(ratio.abs(), (values[1:] + values[:-1]) / 2)
         sign = torch.where((ratio < 0) & (magnitude > 0), 8, 0)
@@ -283,8 +292,28 @@ class FP4(Format):
 
     def decode(self, q: QTensor) -> Float[Tensor, "*rows channels"]:
         """Return the values of the codes; see `Format.decode`."""
-        values = torch.tensor([*_FP4_VALUES, *(-v for v in _FP4_VALUES)], device=q.codes.device)
+        values = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=q.codes.device)
         return (self._grouped(values[q.codes.long()]) * q.scale[..., None]).flatten(-2)
+
+
+def outer_scale(most: Tensor) -> Tensor:
+    """Return the power of two that brings the largest scale just within e4m3."""
+    return torch.exp2(torch.ceil(torch.log2(most.float().clamp(min=1e-30) / 448.0)))
+
+
+Weight: TypeAlias = Affine | FP4
+"""What a weight may be."""
+
+
+def affine(where: str, grid: Weight) -> Affine:
+    """Return the grid of a weight where a step can handle integers alone.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if not isinstance(grid, Affine):
+        raise bad(where, "weight", "a grid of integers (Affine)", grid)
+    return grid
 
 
 @dataclass(frozen=True)

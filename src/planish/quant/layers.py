@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from planish import kernels
 from planish._support import bad
-from planish.quant.formats import SCALE_DTYPES, Affine, Format, QTensor
+from planish.quant.formats import FP4, SCALE_DTYPES, Affine, Format, QTensor, Weight
+from planish.quant.fp4 import halves, split_scale
 from planish.quant.packing import n_words, pack, unpack
 from planish.quant.transforms import Transform
 
@@ -32,7 +33,7 @@ class QLinear(nn.Module):
     Args:
         in_features: I.
         out_features: O.
-        format: Grid of the weight; groups run along the inputs.
+        format: Grid of the weight, `Affine` or `FP4`; groups run along the inputs.
         bias: Whether there is a bias.
         transform: Applied to the input first; None where it was folded into the layer before.
         act: Grid to which the (transformed) input is rounded, a row at a time; None keeps it in float. On a CPU an
@@ -60,6 +61,7 @@ class QLinear(nn.Module):
 
     weight_packed: Tensor
     weight_scale: Tensor
+    weight_global_scale: Tensor | None
     weight_zero_point: Tensor | None
     weight_shape: Tensor
     bias: Tensor | None
@@ -72,7 +74,7 @@ class QLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        format: Affine,
+        format: Weight,
         *,
         bias: bool = True,
         transform: Transform | None = None,
@@ -90,8 +92,10 @@ class QLinear(nn.Module):
         bits, groups = format.bits, format.n_groups(in_features)
         words = (out_features, n_words(in_features, bits))
         self.register_buffer("weight_packed", torch.zeros(words, dtype=torch.int32, device=device))
-        stored = SCALE_DTYPES[format.scale_dtype]
+        stored = SCALE_DTYPES[format.scale_dtype] if isinstance(format, Affine) else torch.float8_e4m3fn
         self.register_buffer("weight_scale", torch.ones(out_features, groups, dtype=stored, device=device))
+        whole = torch.ones((), dtype=torch.float32, device=device)  # a power of two, times which all scales are meant
+        self.register_buffer("weight_global_scale", None if isinstance(format, Affine) else whole)
         zeros = torch.zeros(n_words(out_features, bits), groups, dtype=torch.int32, device=device)
         self.register_buffer("weight_zero_point", None if format.symmetric else zeros)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
@@ -117,24 +121,26 @@ class QLinear(nn.Module):
         """Build the layer from a rounded weight.
 
         Args:
-            weight: Codes and scales in an `Affine` format, (O, I).
+            weight: Codes and scales in an `Affine` or `FP4` format, (O, I).
             bias: b, or None.
             transform: See the class.
             act: See the class.
             low_rank: The branch as (down, up).
 
         Raises:
-            ValueError: The weight is not two-dimensional or not in an `Affine` format.
+            ValueError: The weight is not two-dimensional or in another format.
 
         Returns:
             The layer.
         """
-        if not isinstance(weight.format, Affine) or weight.codes.ndim != 2:
-            raise bad("QLinear.of", "weight", "a matrix in an Affine format", f"{weight.format}, {weight.shape}")
+        if not isinstance(weight.format, Affine | FP4) or weight.codes.ndim != 2:
+            raise bad("QLinear.of", "weight", "a matrix in an Affine or FP4 format", f"{weight.format}, {weight.shape}")
         out, inp = weight.shape
         layer = cls(inp, out, weight.format, bias=False, transform=transform, act=act, device="meta")
         layer.weight_packed = pack(weight.codes, weight.format.bits)
         layer.weight_scale = weight.scale.contiguous()
+        if isinstance(weight.format, FP4):
+            layer.weight_scale, layer.weight_global_scale = split_scale(layer.weight_scale)
         if weight.zero is not None:  # zero points are packed along the outputs
             layer.weight_zero_point = pack(weight.zero.T.contiguous(), weight.format.bits).T.contiguous()
         layer.weight_shape = torch.tensor([out, inp])
@@ -148,12 +154,16 @@ class QLinear(nn.Module):
         """The weight as codes and scales."""
         codes = unpack(self.weight_packed, self.format.bits, self.in_features)
         zero = None if self.format.symmetric else self.zeros()
-        return QTensor(codes=codes, scale=self.weight_scale, zero=zero, format=self.format)
+        scale = self.weight_scale
+        if self.weight_global_scale is not None:
+            scale = scale.float() * self.weight_global_scale
+        return QTensor(codes=codes, scale=scale, zero=zero, format=self.format)
 
     def zeros(self) -> Tensor:
         """Zero points unpacked, uint8 (O, G); the middle code where the format is symmetric."""
         if self.weight_zero_point is None:
-            return torch.full_like(self.weight_scale, self.format.middle, dtype=torch.uint8)
+            middle = 1 << (self.format.bits - 1)
+            return torch.full_like(self.weight_scale, middle, dtype=torch.uint8)
         return unpack(self.weight_zero_point.T.contiguous(), self.format.bits, self.out_features).T.contiguous()
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
@@ -166,10 +176,10 @@ class QLinear(nn.Module):
         low = None if down is None else x @ down.to(x.dtype).T  # the branch reads unrounded inputs
         if self.act is not None:
             x = self.act.fake(x)
+        packed, scale, zeros, bits = self._operands()
         y = kernels.w4a16(
-            x, self.weight_packed, self.weight_scale, self._runtime_zeros(),
-            None if bias is None else bias.to(x.dtype),
-            bits=self.format.bits, group_size=self.format.group_size or self.in_features,
+            x, packed, scale, zeros, None if bias is None else bias.to(x.dtype),
+            bits=bits, group_size=self.format.group_size or self.in_features,
             activation_bits=None if self.act is not None else self.activation_bits,
         )  # fmt: skip
         return y if low is None else y + low @ cast(Tensor, up).to(x.dtype).T
@@ -295,10 +305,9 @@ class QLinear(nn.Module):
     def _on_integers(self, x: Tensor) -> bool:
         """Whether the product is one of integers: where there are kernels for it, and nobody wants gradients."""
         wanted = (x, self.bias, self.down, self.up, self.lora_down, self.lora_up)
+        grid = self.act
         return (
-            isinstance(self.act, Affine)
-            and self.act.bits >= 2
-            and self.act.scale_dtype != "float64"
+            (isinstance(grid, FP4) or (isinstance(grid, Affine) and grid.bits >= 2 and grid.scale_dtype != "float64"))
             and x.dtype != torch.float64
             and x.device.type == "cpu"
             and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted))
@@ -306,36 +315,57 @@ class QLinear(nn.Module):
 
     def _integer_product(self, x: Tensor) -> Tensor:
         """Encode the (transformed) input on the grid of `act`, and multiply codes by codes."""
-        act = cast(Affine, self.act)
+        act = cast(Weight, self.act)
         act.n_groups(self.in_features)  # says what does not divide
+        zero = None
+        if isinstance(act, FP4):
+            encoded = act.encode(x)
+            codes, step = halves(encoded.codes), encoded.scale / 2
+        else:
+            codes, step, origin = kernels.quantize_rows(
+                x, bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
+                scale_dtype=SCALE_DTYPES[act.scale_dtype], clip=act.clip,
+            )  # fmt: skip
+            zero = None if act.symmetric else origin
         down, up, bias = self.float_parts()
-        codes, step, zero = kernels.quantize_rows(
-            x, bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
-            scale_dtype=SCALE_DTYPES[act.scale_dtype], clip=act.clip,
-        )  # fmt: skip
+        packed, scale, zeros, bits = self._operands()
         return kernels.qgemm(
-            codes, step, self.weight_packed, self.weight_scale, self._runtime_zeros(), bias,
-            bits=self.format.bits, group_size=self.format.group_size or self.in_features,
-            x_zero=None if act.symmetric else zero, x_group_size=act.group_size,
+            codes, step, packed, scale, zeros, bias,
+            bits=bits, group_size=self.format.group_size or self.in_features,
+            x_zero=zero, x_group_size=act.group_size,
             down=down, up=up, x=None if down is None else x, dtype=x.dtype,
         )  # fmt: skip
 
-    def _runtime_zeros(self) -> Tensor:
-        """Zero points as the kernels want them, unpacked once for as long as the packed ones are not written to."""
-        if torch.compiler.is_compiling():  # a graph holds no versions: they are unpacked at each call
-            return self.zeros()
-        packed = self.weight_scale if self.weight_zero_point is None else self.weight_zero_point
-        kept = self.__dict__.get("_zeros")
-        if kept is None or kept[0] is not packed or kept[1] != packed._version:
-            kept = self.__dict__["_zeros"] = packed, packed._version, self.zeros()
-        return cast(Tensor, kept[2])
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Packed codes, scales, zero points and bits as the kernels want them.
+
+        Made once for as long as the stored ones are not written to. Four-bit floats are integers of five bits there:
+        twice their value, at half the scale.
+        """
+        sources = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.weight_global_scale)
+        versions = None if torch.compiler.is_compiling() else [None if t is None else t._version for t in sources]
+        kept = self.__dict__.get("_kept_operands")
+        if versions is None:  # a graph holds no versions: they are made at each call
+            return self._made_operands()
+        if kept is None or kept[1] != versions or any(a is not b for a, b in zip(kept[0], sources, strict=True)):
+            kept = self.__dict__["_kept_operands"] = sources, versions, self._made_operands()
+        return cast(tuple[Tensor, Tensor, Tensor, int], kept[2])
+
+    def _made_operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        if isinstance(self.format, Affine):
+            return self.weight_packed, self.weight_scale, self.zeros(), self.format.bits
+        weight = self.weight
+        codes = (halves(weight.codes) + 16).to(torch.uint8)
+        return pack(codes, 5), weight.scale / 2, torch.full_like(weight.scale, 16, dtype=torch.uint8), 5
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
         """Move the layer, but leave the scales in the precision that the codes were chosen for."""
-        scale = self.weight_scale
+        scale, whole = self.weight_scale, self.weight_global_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
+        if whole is not None and cast(Tensor, self.weight_global_scale).dtype != whole.dtype:
+            self.weight_global_scale = whole.to(self.weight_scale.device)
         return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:

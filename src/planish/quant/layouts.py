@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from planish._support import CheckpointError
-from planish.quant.formats import SCALE_DTYPES, Affine, QTensor
+from planish.quant.formats import FP4, SCALE_DTYPES, Affine, QTensor
 from planish.quant.layers import QLinear
 from planish.quant.packing import pack, unpack
 
@@ -26,6 +26,8 @@ def lossy(name: str, layout: str, why: str) -> CheckpointError:
 
 def not_plain(layer: QLinear) -> str | None:
     """Say why no stock layout can hold a layer, or None where they can."""
+    if isinstance(layer.format, FP4):
+        return "its weights are four-bit floats"
     if layer.transform is not None:
         return "a transform stays online"
     if layer.act is not None:

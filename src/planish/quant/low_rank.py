@@ -17,7 +17,7 @@ Legend: O outputs (of all layers of the site), C channels, r rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,6 +166,25 @@ def moments(site: Site, act: Format | None) -> tuple[Float[Tensor, "channels cha
     return (means[0], means[1], means[2]) if act is not None else (means[0], None, None)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A branch and the rounded weights beside it.
+
+    Attributes:
+        branch: The branch.
+        before: The branch whose residual was rounded: W minus this gives the codes again.
+        rounded: Q, as values.
+        error: Mean squared error of the outputs.
+        next: (up, down) of the branch that would be best beside the rounded weights, in full precision.
+    """
+
+    branch: Branch
+    before: Branch
+    rounded: Float[Tensor, "out channels"]
+    error: float
+    next: tuple[Tensor, Tensor]
+
+
 def solve(
     problem: Problem,
     rank: int,
@@ -176,7 +195,7 @@ def solve(
     early_stop: bool = True,
     exact: bool = True,
     where: str = "",
-) -> tuple[Branch, Branch, float, list[float]]:
+) -> tuple[Pair, list[float]]:
     """Alternate between rounding the residual and fitting the branch; the best pair that was met is kept.
 
     Args:
@@ -186,56 +205,44 @@ def solve(
         dtype: In which the branch is stored; residuals and errors are those of the stored values.
         iterations: The most roundings.
         early_stop: Stop at the first that is no improvement.
-        exact: Fit exactly at the end, not only nearly.
+        exact: Fit exactly at the beginning and the end, not only nearly.
         where: The site's name, for complaints.
 
     Returns:
-        The branch, the branch whose residual was rounded beside it, the error, and the error after every iteration.
+        The best pair, and the least error after every iteration.
     """
-    outputs = problem.metric is problem.gram
-    trail: list[float] = []
-    best: tuple[float, Branch, Branch, Tensor] | None = None
+    mends = problem.metric is problem.gram  # the branch is fitted to what the codes leave, not the codes to the branch
 
     def stored(pair: tuple[Tensor, Tensor]) -> Branch:
         return Branch.stored(pair[0][:, :rank], pair[1][:rank], dtype, where)
 
-    def offer(before: Branch, after: Branch, rounded: Tensor) -> bool:
-        nonlocal best
-        error = problem.error(after, rounded)
-        better = best is None or error < best[0]
-        if better:
-            best = error, after, before, rounded
-        return better
+    def tried(before: Branch, start: Tensor | None = None) -> Pair:
+        rounded = rounder(problem.weight - before.values.to(problem.weight.dtype))
+        following = problem.approach(rounded, rank, start) if mends else problem.fit(rounded, rank)
+        branch = stored(following) if mends else before
+        return Pair(branch, before, rounded, problem.error(branch, rounded), following)
 
-    empty = problem.weight.new_zeros
-    none = Branch(empty(len(problem.weight), rank).to(dtype), empty(rank, problem.weight.shape[1]).to(dtype))
     # the paper starts by taking the weight's own largest directions away; where the weight has no outliers, starting
     # from nothing and mending what rounding breaks is better: whichever begins better goes on
-    whole = problem.fit if exact else (lambda q, r: problem.approach(q, r, None))
-    starts = [stored(whole(None, rank))] + ([none] if outputs else [])
-    begun = []
-    for start in starts:
-        rounded = rounder(problem.weight - start.values.to(problem.weight.dtype))
-        pair = problem.approach(rounded, rank, None)
-        after = stored(pair) if outputs else start
-        begun.append((problem.error(after, rounded), start, after, rounded, pair))
-    _, branch, after, rounded, pair = min(begun, key=lambda item: item[0])
-    offer(branch, after, rounded)
-    trail.append(best[0] if best else 0.0)
+    starts = [stored(problem.fit(None, rank) if exact else problem.approach(None, rank, None))]
+    if mends:
+        zero = problem.weight.new_zeros
+        starts.append(Branch(zero(len(problem.weight), rank).to(dtype), zero(rank, problem.weight.shape[1]).to(dtype)))
+    best = last = min((tried(start) for start in starts), key=lambda pair: pair.error)
+    trail = [best.error]
     for _ in range(1, iterations):
-        branch = stored(pair if outputs else problem.fit(rounded, rank))
-        rounded = rounder(problem.weight - branch.values.to(problem.weight.dtype))
-        if outputs:
-            pair = problem.approach(rounded, rank, pair[0])
-        better = offer(branch, stored(pair) if outputs else branch, rounded)
-        assert best is not None
-        trail.append(best[0])
+        last = tried(stored(last.next), last.next[0])
+        better = last.error < best.error
+        best = last if better else best
+        trail.append(best.error)
         if early_stop and not better:
             break
-    assert best is not None
-    if outputs and exact:
-        offer(best[2], stored(problem.fit(best[3], rank)), best[3])
-    return best[1], best[2], best[0], trail
+    if mends and exact:
+        branch = stored(problem.fit(best.rounded, rank))
+        error = problem.error(branch, best.rounded)
+        if error < best.error:
+            best = replace(best, branch=branch, error=error)
+    return best, trail
 
 
 @dataclass(frozen=True)
@@ -330,17 +337,17 @@ class LowRank:
             return torch.cat([values.to(residual.dtype) for values in rounded_values(self.inner, site, method)])
 
         try:
-            branch, before, _, _ = solve(
+            found, _ = solve(
                 Problem(weight, gram, cross, noise, self.weigh), rank, rounder, dtype=self.stored(site),
                 iterations=self.iterations, early_stop=self.early_stop, where=site.name,
             )  # fmt: skip
-            set_residual(weight - before.values.to(weight.dtype))
+            set_residual(weight - found.before.values.to(weight.dtype))
             layers = self.inner(site, method)
         finally:
             for name, original in float_weights.items():
                 set_weight(site.consumers[name], original)
-        down = branch.down.clone()
-        for name, up in zip(float_weights, branch.up.split(sizes), strict=True):
+        down = found.branch.down.clone()
+        for name, up in zip(float_weights, found.branch.up.split(sizes), strict=True):
             layer = layers[name]
             if not isinstance(layer, QLinear):
                 raise bad("LowRank", "inner", "a step that makes QLinear layers", type(layer).__name__)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from planish._support import bad
-from planish.quant.formats import Affine, Format, Limits, QTensor
+from planish.quant.formats import Affine, Format, Limits, QTensor, affine
 from planish.quant.layers import QLinear
 from planish.quant.moments import gram
 from planish.quant.sites import Site
@@ -95,7 +95,7 @@ class Clip:
             raise bad("Clip", "site", "one whose transform was folded", site.name)
         layers: dict[str, nn.Module] = {}
         for name, weight in site.weights.items():
-            limits = best_limits(weight, method.weight, importance, self.steps, self.least)
+            limits = best_limits(weight, affine("Clip", method.weight), importance, self.steps, self.least)
             layers[name] = layer_of(site, name, method.weight.encode(weight, limits=limits), method)
         return layers
 
@@ -139,12 +139,13 @@ class ClipOutput:
         """Round the site's weights."""
         if site.online is not None:
             raise bad("ClipOutput", "site", "one whose transform was folded", site.name)
+        grid = affine("ClipOutput", method.weight)
         square = uncorrelated(gram(site.block, site), self.independence)
         layers: dict[str, nn.Module] = {}
         for name, weight in site.weights.items():
             limits = None
             if name.rpartition(".")[2] not in self.unclipped:
-                limits = best_limits(weight, method.weight, square, self.steps, self.least, ends=self.ends)
+                limits = best_limits(weight, grid, square, self.steps, self.least, ends=self.ends)
             layers[name] = layer_of(site, name, method.weight.encode(weight, limits=limits), method)
         return layers
 

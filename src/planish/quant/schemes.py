@@ -131,8 +131,8 @@ def empty_layer(name: str, entry: object) -> QLinear:
     ):
         raise CheckpointError(f"quantization_config, `{name}`: bias or low_rank is damaged.", "unsupported")
     weight = _format(name, entry["weight"])
-    if not isinstance(weight, Affine):
-        raise CheckpointError(f"quantization_config, `{name}`: a weight must be Affine; got {weight}.", "unsupported")
+    if not isinstance(weight, Affine | FP4):
+        raise CheckpointError(f"quantization_config, `{name}`: a weight is Affine or FP4; got {weight}.", "unsupported")
     act = _format(name, entry["act"]) if entry.get("act") is not None else None
     try:
         layer = QLinear(
@@ -266,9 +266,10 @@ def fill(name: str, layer: QLinear, tensors: dict[str, Tensor]) -> QLinear:
 def _check_values(name: str, found: Tensor) -> None:
     if not found.is_floating_point():
         return
+    found = found.float() if found.dtype.itemsize == 1 else found
     if not torch.isfinite(found).all():
         raise CheckpointError(f"`{name}` holds NaN or Inf.", "range")
-    if name.endswith(("weight_scale", ".scale")) and not (found > 0).all():
+    if name.endswith(("weight_scale", "weight_global_scale", ".scale")) and not (found > 0).all():
         raise CheckpointError(f"`{name}` must be above zero everywhere; got {found.min().item():.3g}.", "range")
 
 

@@ -93,7 +93,8 @@ class SpreadRanks:
                         if transform is not None:
                             fold.apply(twin, transform, site, online=method.online)
                         weights = list(site.weights.values())
-                        price = step.stored(site).itemsize * (sum(map(len, weights)) + weights[0].shape[1])
+                        # every layer's file holds the site's one down-projection
+                        price = step.stored(site).itemsize * sum(w.shape[0] + w.shape[1] for w in weights)
                         found.append((site.name, _gains(site, plain, step), price))
                 walk.progress("ranks", index + 1, len(stream.modules))
             done.append((stream, hidden))

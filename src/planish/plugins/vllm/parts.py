@@ -218,6 +218,8 @@ def check_servable(name: str, layer: QLinear) -> None:
             f"`{name}`: inputs rounded to {layer.act} share a scale over all tokens of a batch, so that requests would "
             "change each other's answers; the method planish does not serve them."
         )
+    if isinstance(layer.format, FP4):
+        raise ValueError(f"`{name}`: weights of four-bit floats are not served; use integers.")
     if layer.loras:
         raise ValueError(f"`{name}`: it carries {', '.join(layer.loras)}; let vLLM apply adapters to a layer without.")
 

@@ -34,7 +34,7 @@ from torch import nn
 from planish._support import bad
 from planish.quant import compensate
 from planish.quant.engine import Method
-from planish.quant.formats import Affine
+from planish.quant.formats import Affine, affine
 from planish.quant.moments import cross_gram
 from planish.quant.moments import gram as collect
 from planish.quant.precision import linear
@@ -87,6 +87,7 @@ class Compensate:
 
     def __call__(self, site: Site, method: Method) -> dict[str, nn.Module]:
         """Round the site's weights; layers that share an input are rounded as one matrix."""
+        format = affine("Compensate", method.weight)
         names = list(site.consumers)
         sizes = [site.weights[n].shape[0] for n in names]
         weight = torch.cat([site.weights[n] for n in names])
@@ -100,10 +101,10 @@ class Compensate:
             gram = compensate.damped(collect(site.block, site), self.damping)
         order = gram.diagonal().argsort(descending=True, stable=True) if self.ordered else None
         if self.clip:
-            limits = best_limits(weight, method.weight, gram.diagonal(), ends=True)
+            limits = best_limits(weight, format, gram.diagonal(), ends=True)
         else:
-            limits = method.weight.ranges(weight)
-        grid = compensate.Grid(method.weight, limits, weight.shape[1])
+            limits = format.ranges(weight)
+        grid = compensate.Grid(format, limits, weight.shape[1])
         codes = compensate.greedy(weight, gram, grid, order)
         for _ in range(self.rounds):
             compensate.refit(weight, gram, grid, codes)

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from planish._support import bad
 from planish.quant.engine import Method
-from planish.quant.formats import Affine
+from planish.quant.formats import Affine, Weight
 from planish.quant.plans import SearchAlpha
 from planish.quant.rounding import Clip, ClipOutput, Nearest
 from planish.quant.sites import Site
@@ -114,7 +114,7 @@ class Smooth:
         return scale
 
 
-def column_size(site: Site, grid: Affine, stat: str) -> Float[Tensor, "channels"]:
+def column_size(site: Site, grid: Weight, stat: str) -> Float[Tensor, "channels"]:
     """Return the size of each weight column over all layers of a site."""
     weights = [w.float() for w in site.weights.values()]
     if stat == "absmax":

@@ -34,7 +34,7 @@ Reference:
     https://arxiv.org/abs/2411.05007
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,10 +44,9 @@ from torch import Tensor, nn
 
 from planish._support import bad
 from planish.quant.engine import Method
-from planish.quant.formats import Affine, Format
+from planish.quant.formats import FP4, Affine, Format, Weight
 from planish.quant.local import home, record
 from planish.quant.low_rank import LowRank, Problem, checked_rank, solve
-from planish.quant.methods.gptq import Compensate
 from planish.quant.moments import entering
 from planish.quant.rounding import Nearest, without_sign
 from planish.quant.sites import Site, is_linear
@@ -143,7 +142,7 @@ class SearchSmooth:
                 return Shift(torch.full((channels,), SHIFTS[name], dtype=like.dtype, device=like.device))
         return None
 
-    def _judge(self, site: Site, method: Method, inputs: Tensor, shift: Shift | None) -> Any:  # noqa: ANN401
+    def _judge(self, site: Site, method: Method, inputs: Tensor, shift: Shift | None) -> Callable[[Tensor], float]:
         """Return the function from factors to the error that they leave."""
         step = method.round if isinstance(method.round, LowRank) else LowRank(0)
         rank = checked_rank(step.rank_of(site.name, site.kind), site)
@@ -158,11 +157,10 @@ class SearchSmooth:
         def judge(scale: Tensor) -> float:
             problem = _sampled(weight * scale, inputs / scale, act, step.weigh)
             if rank:
-                branch, before, error, _ = solve(
+                found, _ = solve(
                     problem, rank, grid.fake, dtype=step.stored(site), iterations=1, exact=False, where=site.name
                 )
-                rounded = grid.fake(problem.weight - before.values.to(weight.dtype))
-                pair = (branch.down, branch.up)
+                rounded, error, pair = found.rounded, found.error, (found.branch.down, found.branch.up)
             else:
                 rounded, pair = grid.fake(problem.weight), None
                 error = problem.error(None, rounded)
@@ -184,7 +182,8 @@ def _sampled(weight: Tensor, x: Tensor, act: Format | None, weigh: str) -> Probl
 
 
 def _swapped(
-    site: Site, judge: Any, rounded: Tensor, pair: tuple[Tensor, Tensor] | None, transform: Transform, act: Format | None
+    site: Site, judge: Callable[[], float], rounded: Tensor, pair: tuple[Tensor, Tensor] | None, transform: Transform,
+    act: Format | None,
 ) -> float:  # fmt: skip
     """Judge with stand-ins of the quantized layers in the block; the float ones come back."""
     sizes = [len(w) for w in site.weights.values()]
@@ -197,7 +196,7 @@ def _swapped(
             if not transform.linear:
                 bias = transform.bias(site.weights[name], bias)
             site.block.module.set_submodule(name, _StandIn(values, bias, low, transform, act))
-        return float(judge())
+        return judge()
     finally:
         for name, module in site.consumers.items():
             site.block.module.set_submodule(name, module)
@@ -258,6 +257,7 @@ def svdquant(
     symmetric: bool = True,
     ragged: bool = False,
     scale_dtype: str = "float16",
+    precision: str = "int",
     act_bits: int | None = 4,
     rank: int = 32,
     budget: int | None = None,
@@ -279,6 +279,8 @@ def svdquant(
         symmetric: No zero points in the weights (activations never have any unless they are shifted). Default True.
         ragged: Allow a shorter last group.
         scale_dtype: See `planish.quant.Affine`.
+        precision: "int" (default), or "fp4" for four-bit floats in weights and activations, with a scale of eight bits
+            for every 16 channels; the arguments above are then not read, nor is the number in `act_bits`.
         act_bits: Bits of an activation; None keeps activations in float. Default 4.
         rank: Of the branch, the same everywhere; 0 for none. Default 32.
         budget: Bytes that all branches of the model may take together; their ranks then differ, and `rank` is not read.
@@ -306,8 +308,12 @@ def svdquant(
     """
     if isinstance(smooth, str) and smooth != "search":
         raise bad("svdquant", "smooth", "'search', a float in [0, 1] or None", smooth)
-    weight = Affine(bits, group_size, symmetric, ragged, scale_dtype)
-    act = None if act_bits is None else Affine(act_bits, group_size, True, ragged, scale_dtype)
+    if precision not in ("int", "fp4"):
+        raise bad("svdquant", "precision", "'int' or 'fp4'", precision)
+    weight: Weight = Affine(bits, group_size, symmetric, ragged, scale_dtype)
+    act: Format | None = None if act_bits is None else Affine(act_bits, group_size, True, ragged, scale_dtype)
+    if precision == "fp4":
+        weight, act = FP4(), None if act_bits is None else FP4()
     step = LowRank(rank, inner or Nearest(), weigh, iterations, dtype=dtype, correct=correct)
     method = Method("svdquant", weight, act, round=step, online=True)
     if smooth is not None or (unsigned and act is not None):
