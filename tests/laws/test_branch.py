@@ -162,7 +162,9 @@ def test_adapters_add_their_product_and_leave_no_trace(transform, act, rank):
     layer.remove_lora("second")
     layer.remove_lora("first")
     assert torch.equal(layer(x), before) and torch.equal(layer.weight_packed, codes)
-    assert set(layer.state_dict()) == set(QLinear.of(layer.weight, layer.bias, transform=t, low_rank=branch).state_dict())
+    assert set(layer.state_dict()) == set(
+        QLinear.of(layer.weight, layer.bias, transform=t, low_rank=branch).state_dict()
+    )
 
 
 @pytest.mark.parametrize("weight", [FP4(), Affine(4, 16, True), Affine(4, 16)], ids=repr)
