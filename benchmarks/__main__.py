@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [--quick] [--against a,b] [--fresh]`: run one benchmark, keep its rows, show them."""
+"""`python -m benchmarks NAME [--suite S] [--quick] [--against a,b] [--fresh]`: run one benchmark, keep its rows."""
 
 import argparse
 import importlib
@@ -24,7 +24,8 @@ NAMES = (
     "decode",
     "decode_large",
 )
-SUITES = {"outliers": "quant"}
+SUITES = {("quant", "bytes"): "branches", ("quant", "outliers"): "outliers"}
+"""Other cases of a benchmark, each in a file and with results of its own."""
 
 
 def _grid(text: str) -> tuple[int, int | None]:
@@ -35,7 +36,7 @@ def _grid(text: str) -> tuple[int, int | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--suite", choices=tuple(SUITES), help="quant: another set of cases, kept under its own name")
+    parser.add_argument("--suite", choices=sorted({s for _, s in SUITES}), help="other cases of the same benchmark")
     parser.add_argument("--quick", action="store_true", help="a minute's worth of the same cases")
     parser.add_argument(
         "--against", help="only these rivals, comma-separated (part of a name is enough); `none` for none"
@@ -45,10 +46,10 @@ def main() -> None:
     parser.add_argument("--models", help="only models whose name holds one of these, comma-separated")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run left in the cache")
     args = parser.parse_args()
-    if args.suite is not None and SUITES[args.suite] != args.name:
-        parser.error(f"--suite {args.suite} belongs to {SUITES[args.suite]}")
-    name = args.suite or args.name
-    module = importlib.import_module(f"benchmarks.{name}")
+    if args.suite is not None and (args.name, args.suite) not in SUITES:
+        parser.error(f"{args.name} has no suite {args.suite}")
+    name = args.name if args.suite is None else f"{args.name}-{args.suite}"
+    module = importlib.import_module(f"benchmarks.{SUITES.get((args.name, args.suite), args.name)}")
     if getattr(module, "REUSE_MEMORY", True) and os.environ.keys().isdisjoint(harness.REUSE_MEMORY):
         again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
         os.execve(sys.executable, again, os.environ | harness.REUSE_MEMORY)

@@ -20,7 +20,6 @@ from planish import quant
 from planish.quant.methods.gptq import Compensate
 from planish.quant.methods.svdquant import svdquant
 from planish.quant.precision import widen
-from planish.quant.report import model_bytes
 from planish.quant.rounding import ClipOutput
 
 Grid = tuple[int, int | None]
@@ -94,19 +93,19 @@ class Bench:
         self.calibration = data.windows(self.path, *size.calibration, evaluation=False)
         self.evaluation = data.windows(self.path, *size.evaluation, evaluation=True)
         self.model = load_model(self.path)
-        self.before = model_bytes(self.model)
         self.hidden = quality.hidden_states(self.model, self.evaluation.ids)
         self.batches = [{"input_ids": part} for part in self.calibration.ids.split(4)]
 
     def run(self, method: quant.Method) -> tuple[dict[str, torch.Tensor], int, float]:
-        """Quantize a copy and score it; return the scores, the bytes of all its tensors, and the seconds it took."""
+        """Quantize a copy and score it; return the scores, the bytes of its quantized layers, and the seconds."""
         model = copy.deepcopy(self.model)
         report = quant.quantize(model, self.batches, method)
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, quant.QLinear):
-                model.set_submodule(name, layer.dequantize())
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, quant.QLinear)}
+        size = sum(tensor.nbytes for layer in layers.values() for tensor in layer.state_dict().values())  # as on disk
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.dequantize())
         widen(model)  # the quickest dense kernel for all that is scored
-        return quality.language_scores(model, self.evaluation.ids, self.hidden), report.bytes_after, report.seconds
+        return quality.language_scores(model, self.evaluation.ids, self.hidden), size, report.seconds
 
 
 def _absolute(case: str, name: str, scores: dict[str, torch.Tensor], note: str = "") -> Iterator[Row]:

@@ -46,5 +46,6 @@ def pivot(run: Mapping[str, Any], benchmark: str) -> str:
     parts = [_table(case, [row for row in run["rows"] if row["case"] == case]) for case in cases]
     notes = [note for note in dict.fromkeys(row["note"] for row in run["rows"]) if note]
     skipped = [f"Not run: {name}: {why}." for name, why in run["skipped"].items()]
-    where = f"{run['machine']['cpu']}, {run['date']}; made by `python -m benchmarks {benchmark}`."
+    command = benchmark.replace("-", " --suite ")
+    where = f"{run['machine']['cpu']}, {run['date']}; made by `python -m benchmarks {command}`."
     return "\n".join(parts) + "\n" + " ".join([*notes, *skipped, where]) + "\n"

@@ -53,7 +53,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _unmeasured(benchmark: str) -> str:
-    return f"Nothing has been measured yet: `python -m benchmarks {benchmark}` fills this table.\n"
+    command = benchmark.replace("-", " --suite ")
+    return f"Nothing has been measured yet: `python -m benchmarks {command}` fills this table.\n"
 
 
 def _pick(run: Mapping[str, Any], case: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -326,8 +327,8 @@ def decode(results: Results, benchmark: str) -> str:
 
 def rows(results: Results, benchmark: str) -> str:
     """Return all rows of a benchmark that has no table of its own making."""
-    run = results.newest(benchmark)
-    return _unmeasured(benchmark) if run is None else pivot(run, benchmark)
+    run, command = results.newest(benchmark), benchmark.replace("-", " --suite ", 1)
+    return _unmeasured(command) if run is None else pivot(run, command)
 
 
 def render(name: str, results: Results) -> str:

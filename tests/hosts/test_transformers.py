@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from planish._support import CheckpointError, PlanishWarning
-from planish.quant import Affine, QLinear, load, quantize, rtn, save
+from planish.quant import FP4, Affine, QLinear, load, quantize, rtn, save
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift
 
 transformers = pytest.importorskip("transformers", minversion="5.16")
@@ -37,7 +37,10 @@ def rich(dtype=torch.float32, tie=True):
     steps = Chain(Scale(torch.rand(64) + 0.5), Permute(torch.randperm(64)), Shift(torch.randn(64)), Rotate(basis))
     branch = (torch.randn(3, 64), torch.randn(64, 3))
     made = QLinear.of(old.weight, old.bias, transform=steps, act=Affine(8, None), low_rank=branch)
+    made.add_lora("style", torch.randn(2, 64).half(), torch.randn(64, 2), 0.5)
     model.model.layers[0].self_attn.q_proj = made
+    dense = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = QLinear.of(FP4().encode(dense.weight.decode()), act=FP4())
     return model
 
 

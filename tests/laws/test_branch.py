@@ -1,6 +1,7 @@
-"""The laws of a low-rank branch beside rounded weights: what it is fitted to, what it never makes worse, what is exact."""
+"""The laws of a low-rank branch beside rounded weights: what it is fitted to, never makes worse, and leaves exact."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_the_published_fit_leaves_the_least_of_the_weight(rank):
 def test_turns_never_make_it_worse_and_more_than_one_is_better(weigh, act):
     made, _ = problem(act, weigh)
     found, trail = solve(made, 4, GRID.fake, iterations=12, early_stop=False)
-    assert len(trail) == 12 and all(b <= a for a, b in zip(trail, trail[1:], strict=False))
+    assert len(trail) == 12 and all(b <= a for a, b in pairwise(trail))
     assert found.error <= trail[-1] and found.error < trail[0]
     assert found.error == pytest.approx(made.error(found.branch, found.rounded), rel=1e-12)
     assert torch.equal(found.rounded, GRID.fake(made.weight - found.before.values))

@@ -177,10 +177,10 @@ def test_meta_layers_hold_no_memory_and_have_the_same_shapes():
 
 @pytest.mark.refuses
 @pytest.mark.parametrize(
-    "q", [FP4(16).encode(noise(O, I)), Dual().encode(noise(O, I)), Affine(4, 16).encode(noise(2, O, I))]
+    "q", [FP4(16).encode(noise(2, O, I)), Dual().encode(noise(O, I)), Affine(4, 16).encode(noise(2, O, I))]
 )
-def test_only_a_matrix_in_an_affine_format_makes_a_layer(q):
-    with pytest.raises(ValueError, match=r"QLinear.of: `weight` must be a matrix in an Affine format"):
+def test_only_a_matrix_of_integers_or_small_floats_makes_a_layer(q):
+    with pytest.raises(ValueError, match=r"QLinear.of: `weight` must be a matrix in an Affine or FP4 format"):
         QLinear.of(q)
 
 

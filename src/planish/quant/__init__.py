@@ -1,8 +1,8 @@
 """Make a torch model 4-bit.
 
 How to choose: `best()`, unless a paper is to be reproduced. `rtn()` needs no data; `smoothquant_plus()` is quick and
-leaves plain round-to-nearest behind; `gptq()` and `awq()` are there to compare with. `duquant()` makes
-activations 4-bit as well.
+leaves plain round-to-nearest behind; `duquant()` and `svdquant()` round activations too, the latter takes adapters;
+`gptq()` and `awq()` are there to compare with.
 """
 
 from collections.abc import Callable

@@ -252,6 +252,7 @@ class FP4(Format):
 
     bits = 4
     symmetric = True
+    middle = 8
     scale_dtype = "float8_e4m3fn"
 
     def __post_init__(self) -> None:

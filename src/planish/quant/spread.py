@@ -116,7 +116,8 @@ def _gains(site: Site, method: Method, step: LowRank) -> Float[Tensor, "rank"]:
         sizes, basis = torch.linalg.eigh(gram)
         root = basis * sizes.clamp(min=0).sqrt()
         values = torch.linalg.eigvalsh(root.mT @ (target.mT @ target) @ root)
-    return values.flip(0).clamp(min=0) / energy.clamp(min=torch.finfo(torch.float64).tiny)
+    gains: Tensor = values.flip(0).clamp(min=0) / energy.clamp(min=torch.finfo(torch.float64).tiny)
+    return gains
 
 
 def spread(gains: list[Float[Tensor, "rank"]], prices: list[int], budget: int, step: int = 1) -> list[int]:

@@ -22,7 +22,7 @@ alpha, beta       candidates of ``SearchSmooth``     39 of them with ``grid=20``
 
 Differs from the paper: the branch is fitted to the error of the outputs instead of to the weight (`weigh="weight"` is
 the published fit), given the codes in closed form, and starts from nothing as well as from the weight's own largest
-directions. Symmetric integers reach half a step further than max / 7. Ranks can be spread over the layers under a
+directions. The step of symmetric integers is max / 7.5, not max / 7. Ranks can be spread over the layers under a
 budget of bytes. SiLU is shifted by more than its least value; the published code shifts it by less. Any linear of any
 model is served, weights alone (`act_bits=None`) as well.
 
@@ -317,8 +317,7 @@ def svdquant(
     step = LowRank(rank, inner or Nearest(), weigh, iterations, dtype=dtype, correct=correct)
     method = Method("svdquant", weight, act, round=step, online=True)
     if smooth is not None or (unsigned and act is not None):
-        alone = smooth is None
-        search = SearchSmooth(1 if alone else grid, None if isinstance(smooth, str) or alone else float(smooth),
-                              unsigned=unsigned, fold=fold)  # fmt: skip
+        alpha = None if smooth is None or isinstance(smooth, str) else float(smooth)
+        search = SearchSmooth(1 if smooth is None else grid, alpha, unsigned=unsigned, fold=fold)
         method = replace(method, transform=search)
     return method if budget is None else replace(method, plan=SpreadRanks(budget))
