@@ -261,6 +261,8 @@ class LowRank:
         ranks: Pairs (site or kind of site, rank) that override `rank`.
         correct: How much of the error that comes in with the inputs the site makes up for, in [0, 1]; as in
             `planish.quant.methods.gptq.Compensate`, whose own must then be 0. Default 0.
+        last: Another rounding step for the last residual, beside the branch that was found with `inner`; the published
+            option is `planish.quant.methods.gptq.Compensate()`. Default None: `inner`'s codes stay.
 
     Raises:
         ValueError: An argument is out of range; on use, a rank is above the smaller side of the site's weights.
@@ -280,6 +282,7 @@ class LowRank:
     dtype: str = "auto"
     ranks: tuple[tuple[str, int], ...] = ()
     correct: float = 0.0
+    last: Callable[[Site, "Method"], dict[str, nn.Module]] | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -294,13 +297,14 @@ class LowRank:
             raise bad("LowRank", "dtype", "auto, float16, bfloat16 or float32", self.dtype)
         if not 0 <= self.correct <= 1:
             raise bad("LowRank", "correct", "a float in [0, 1]", self.correct)
-        if self.correct and getattr(self.inner, "correct", 0):
-            raise bad("LowRank", "inner", "a step without a `correct` of its own", self.inner)
+        for name, step in (("inner", self.inner), ("last", self.last)):
+            if self.correct and getattr(step, "correct", 0):
+                raise bad("LowRank", name, "a step without a `correct` of its own", step)
 
     @property
     def sees_clean(self) -> bool:
         """Whether the step wants to see the float model's inputs beside the quantized model's."""
-        return self.correct > 0 or bool(getattr(self.inner, "sees_clean", False))
+        return self.correct > 0 or any(getattr(step, "sees_clean", False) for step in (self.inner, self.last))
 
     def rank_of(self, name: str, kind: str) -> int:
         """Return the rank of a site."""
@@ -318,7 +322,7 @@ class LowRank:
         """Round the site's weights."""
         rank = checked_rank(self.rank_of(site.name, site.kind), site)
         if not rank:
-            return self.inner(site, method)
+            return (self.last or self.inner)(site, method)
         float_weights = {n: w.clone() for n, w in site.weights.items()}
         weight = torch.cat(list(float_weights.values()))
         gram, cross, noise = moments(site, act_of(site, method))
@@ -341,8 +345,9 @@ class LowRank:
                 Problem(weight, gram, cross, noise, self.weigh), rank, rounder, dtype=self.stored(site),
                 iterations=self.iterations, early_stop=self.early_stop, where=site.name,
             )  # fmt: skip
-            set_residual(weight - found.before.values.to(weight.dtype))
-            layers = self.inner(site, method)
+            before = found.before if self.last is None else found.branch
+            set_residual(weight - before.values.to(weight.dtype))
+            layers = (self.last or self.inner)(site, method)
         finally:
             for name, original in float_weights.items():
                 set_weight(site.consumers[name], original)
