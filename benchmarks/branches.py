@@ -67,6 +67,10 @@ PAIRS: Mapping[str, tuple[Make, Make]] = {
         _plain(quant.best),
         lambda b, g, n: _branch(b, g, n, inner=Compensate(clip=True), correct=0.5, iterations=2),
     ),
+    "best, on the last residual alone": (
+        _plain(quant.best),
+        lambda b, g, n: _branch(b, g, n, last=Compensate(clip=True), correct=0.5),
+    ),
 }
 
 

@@ -141,6 +141,16 @@ def test_any_method_can_have_a_branch(method, act):
     assert torch.equal(none(BATCHES[0]), plain(BATCHES[0]))
 
 
+def test_another_step_can_round_the_last_residual():
+    """The published order: the branch first, beside plain rounding; then compensated rounding of what is left."""
+    plain, then = svdquant(**QUICK | {"smooth": None}), svdquant(**QUICK | {"smooth": None, "last": Compensate()})
+    one, two = lost(plain)[1], lost(then)[1]
+    assert torch.equal(one[0].down, two[0].down) and not torch.equal(one[0].weight_packed, two[0].weight_packed)
+    rank_0 = lost(replace(then, round=replace(then.round, rank=0)))[1]
+    same = lost(replace(then, round=Compensate()))[1]
+    assert torch.equal(rank_0(BATCHES[0]), same(BATCHES[0]))
+
+
 def test_a_branch_can_undo_what_comes_in():
     """Aiming at the float model's output, not at the layer's own, helps where earlier layers have lost much."""
     step = LowRank(8, inner=Compensate(clip=True), iterations=2)

@@ -268,6 +268,7 @@ def svdquant(
     unsigned: bool = True,
     fold: bool = False,
     inner: Any = None,  # noqa: ANN401  (any rounding step)
+    last: Any = None,  # noqa: ANN401
     correct: float = 0.0,
     dtype: str = "auto",
 ) -> Method:
@@ -291,8 +292,8 @@ def svdquant(
         weigh: See `LowRank`; "weight" is the published fit. Default "output".
         unsigned: See `SearchSmooth`. Default True.
         fold: See `SearchSmooth`. Default False.
-        inner: Rounding step of the residual; default to nearest. `planish.quant.methods.gptq.Compensate()` is the
-            published option.
+        inner: Rounding step of the residual; default to nearest.
+        last: Another for the last residual; `planish.quant.methods.gptq.Compensate()` is the published option.
         correct: See `LowRank`; default 0.
         dtype: In which the branch is stored, see `LowRank`.
 
@@ -314,7 +315,7 @@ def svdquant(
     act: Format | None = None if act_bits is None else Affine(act_bits, group_size, True, ragged, scale_dtype)
     if precision == "fp4":
         weight, act = FP4(), None if act_bits is None else FP4()
-    step = LowRank(rank, inner or Nearest(), weigh, iterations, dtype=dtype, correct=correct)
+    step = LowRank(rank, inner or Nearest(), weigh, iterations, dtype=dtype, correct=correct, last=last)
     method = Method("svdquant", weight, act, round=step, online=True)
     if smooth is not None or (unsigned and act is not None):
         alpha = None if smooth is None or isinstance(smooth, str) else float(smooth)
