@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from planish._support import bad
+from planish.quant.format_checks import check_finite, is_size, no_division, working
 
 Limits: TypeAlias = tuple[Tensor, Tensor]
 """Lowest and highest value each group must reach, both of shape (*rows, G); zero is always included."""
@@ -135,7 +136,7 @@ class Affine(Format):
             raise bad("Affine", "clip", "a float in (0, 1]", self.clip)
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise bad("Affine", "bits", "an integer from 1 to 8", self.bits)
-        if self.group_size is not None and not _is_size(self.group_size):
+        if self.group_size is not None and not is_size(self.group_size):
             raise bad("Affine", "group_size", "a positive integer or None (one scale a row)", self.group_size)
         if self.scale_dtype not in SCALE_DTYPES:
             raise bad("Affine", "scale_dtype", f"one of {', '.join(SCALE_DTYPES)}", self.scale_dtype)
@@ -149,7 +150,7 @@ class Affine(Format):
         """Return how many groups a row of `channels` has, or raise ValueError where they do not divide."""
         size = self.group_size or channels
         if channels % size and not self.ragged:
-            raise _no_division("Affine", channels, size, ", None, or ragged=True", "None or ragged=True")
+            raise no_division("Affine", channels, size, ", None, or ragged=True", "None or ragged=True")
         return -(-channels // size)
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, int]:
@@ -164,7 +165,7 @@ class Affine(Format):
 
     def ranges(self, x: Float[Tensor, "*rows channels"]) -> Limits:
         """Return the lowest and highest value of each group, zero included, times `clip`."""
-        return self._ends(self._grouped(_working(x))[0])
+        return self._ends(self._grouped(working(x))[0])
 
     def _ends(self, grouped: Tensor) -> Limits:
         low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
@@ -193,8 +194,8 @@ class Affine(Format):
 
     def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
         """Round to the grid; see `Format.encode`."""
-        work = _working(x)
-        _check_finite(work)
+        work = working(x)
+        check_finite(work)
         grouped, channels = self._grouped(work)
         if limits is None:
             limits = self._ends(grouped)
@@ -211,8 +212,8 @@ class Affine(Format):
         self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None
     ) -> Float[Tensor, "*rows channels"]:
         """Round to the grid and come back; the same values as encode and decode, without the integer copy."""
-        work = _working(x)
-        _check_finite(work)
+        work = working(x)
+        check_finite(work)
         grouped, channels = self._grouped(work)
         if limits is None:
             limits = self._ends(grouped)
@@ -257,14 +258,14 @@ class FP4(Format):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not _is_size(self.group_size):
+        if not is_size(self.group_size):
             raise bad("FP4", "group_size", "a positive integer", self.group_size)
 
     def n_groups(self, channels: int) -> int:
         """Return how many groups a row of `channels` has, or raise ValueError where they do not divide."""
         if channels % self.group_size:
             other = f"a divisor of {channels}"
-            raise _no_division("FP4", channels, self.group_size, f" or {other}", other)
+            raise no_division("FP4", channels, self.group_size, f" or {other}", other)
         return channels // self.group_size
 
     def _grouped(self, x: Tensor) -> Tensor:
@@ -275,8 +276,8 @@ class FP4(Format):
 
     def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
         """Round to the grid; see `Format.encode`."""
-        work = _working(x).float()
-        _check_finite(work)
+        work = working(x).float()
+        check_finite(work)
         grouped = self._grouped(work)
         top = grouped.abs().amax(-1) if limits is None else torch.maximum(limits[0].abs(), limits[1].abs()).float()
         scale = top / 6.0
@@ -343,8 +344,8 @@ class Dual(Format):
 
     def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
         """Round to the grid; see `Format.encode`."""
-        work = _working(x)
-        _check_finite(work)
+        work = working(x)
+        check_finite(work)
         if limits is None:
             low, high = work.amin(-1, keepdim=True).clamp(max=0), work.amax(-1, keepdim=True).clamp(min=0)
         else:
@@ -374,31 +375,3 @@ def format_from_dict(description: dict[str, Any]) -> Format:
     if kind not in kinds or not set(fields) <= set(kinds[kind].__dataclass_fields__):
         raise bad("format_from_dict", "description", f"what Format.to_dict returns ({', '.join(kinds)})", description)
     return kinds[kind](**fields)
-
-
-def _working(x: Tensor) -> Tensor:
-    """At least float32: ranges and scales are never computed in half precision."""
-    if not x.ndim or not x.shape[-1]:
-        raise bad("Format.encode", "x", "a tensor with at least one channel", tuple(x.shape))
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _no_division(where: str, channels: int, size: int, beside: str, alone: str) -> ValueError:
-    """Build the ValueError of channels that do not divide, with sizes that would do."""
-    whole, rest = divmod(channels, size)
-    fits = [g for g in (128, 64, 32, 16) if g < size and channels % g == 0]
-    hint = f"{fits[0]}{beside}" if fits else alone
-    return ValueError(
-        f"{where}: {channels} channels cannot be split in groups of {size} "
-        f"({channels} = {whole} x {size} + {rest}); use group_size={hint}."
-    )
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _check_finite(x: Tensor) -> None:
-    if not torch.isfinite(x).all():
-        where = (~torch.isfinite(x)).nonzero()[0].tolist()
-        raise ValueError(f"Format.encode: values must be finite; got {x[tuple(where)].item()} at {where}.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from planish._support import bad
 from planish.quant.calls import moved_to
 from planish.quant.engine import Method, place
-from planish.quant.formats import Affine, Format, Limits
+from planish.quant.formats import Format, Limits, affine
 from planish.quant.layers import QLinear
 from planish.quant.sites import weight_of
 from planish.quant.stream import Block, call_model, first_tensor
@@ -119,7 +119,7 @@ class _Clipped(nn.Module):
     def __init__(self, weight: Float[Tensor, "out in"], layer: QLinear, start: float) -> None:
         super().__init__()
         self.weight, self.bias = weight.detach().clone(), layer.bias
-        self.format: Affine = layer.format
+        self.format = affine("LearnClip", layer.format)
         self.transform: Transform | None = layer.transform
         self.act: Format | None = layer.act
         self.branch = None if layer.down is None or layer.up is None else (layer.down, layer.up)
