@@ -11,9 +11,10 @@ from planish.optim.gradient_normalized import gamma_estimate
 from planish.optim.minimize import minimize_gns
 from planish.optim.newton import GradNormNewton
 from planish.optim.normalized import NormalizedGD
+from planish.optim.problems import PenalizedDRO, PhaseRetrieval
 from planish.optim.regularized import LowRank
 from planish.optim.spider import Spider
-from planish.optim.structured import Composite, LogSumExp, PowerNorm
+from planish.optim.structured import Composite, LogSumExp, PowerNorm, gram
 
 __all__ = [
     "Composite",
@@ -22,8 +23,11 @@ __all__ = [
     "LogSumExp",
     "LowRank",
     "NormalizedGD",
+    "PenalizedDRO",
+    "PhaseRetrieval",
     "PowerNorm",
     "Spider",
     "gamma_estimate",
+    "gram",
     "minimize_gns",
 ]
