@@ -17,6 +17,7 @@ NAMES = (
     "calibration",
     "tune",
     "quantiles",
+    "optim",
     "serve",
     "load",
     "kernels",

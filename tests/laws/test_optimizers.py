@@ -305,5 +305,7 @@ def test_the_norm_is_global_and_neither_overflows_nor_vanishes():
         a.grad, b.grad = torch.tensor([3.0, 0.0]) * size, torch.tensor([4.0]) * size
         optimizer = NormalizedGD([{"params": [a]}, {"params": [b], "lr": 2.0}], lr=1.0, eps=1e-40)
         optimizer.step()
-        assert torch.allclose(a.detach(), torch.tensor([-0.6, 0.0])) and torch.allclose(b.detach(), torch.tensor([-1.6]))
+        assert torch.allclose(a.detach(), torch.tensor([-0.6, 0.0])) and torch.allclose(
+            b.detach(), torch.tensor([-1.6])
+        )
     assert math.isclose(1e-40, optimizer.param_groups[0]["eps"])

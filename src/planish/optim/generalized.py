@@ -4,8 +4,8 @@ A function is symmetric generalized-smooth of degree alpha when on the segment f
 
     ||grad f(w') - grad f(w)|| <= (L0 + L1 max ||grad f(w_t)||^alpha) ||w' - w||
 
-alpha = 0 is ordinary smoothness, alpha = 1 with two derivatives bounds the Hessian by L0 + L1 ||grad f||. Polynomials of
-degree k have alpha = (k - 2) / (k - 1), exponentials 1. With g = ||grad f(w)|| and d = ||w' - w|| it follows that
+alpha = 0 is ordinary smoothness, alpha = 1 with two derivatives bounds the Hessian by L0 + L1 ||grad f||. Polynomials
+of degree k have alpha = (k - 2) / (k - 1), exponentials 1. With g = ||grad f(w)|| and d = ||w' - w|| it follows that
 
     ||grad f(w') - grad f(w)|| <= d (K0 + K1 g^alpha + K2 d^p),                   p = alpha / (1 - alpha)
     f(w') <= f(w) + <grad f(w), w' - w> + d^2 / 2 (K0 + K1 g^alpha + 2 K2 d^p)
@@ -31,6 +31,7 @@ Reference:
     https://arxiv.org/abs/2303.02854
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,21 +85,21 @@ class GeneralizedSmoothness:
         return float(2 ** (self.alpha**2 / (1 - self.alpha)))
 
     @property
-    def K0(self) -> float:
+    def K0(self) -> float:  # noqa: N802  (the paper's name)
         """The part of the bound that does not depend on the gradient; L0 where alpha is 1."""
         if self.alpha == 0:
             return self.L0 + self.L1
         return self.L0 if self.alpha == 1 else self.L0 * (self._c + 1)
 
     @property
-    def K1(self) -> float:
+    def K1(self) -> float:  # noqa: N802  (the paper's name)
         """The factor of g^alpha; L1 where alpha is 1."""
         if self.alpha == 0:
             return 0.0
         return self.L1 if self.alpha == 1 else float(self.L1 * self._c * 3**self.alpha)
 
     @property
-    def K2(self) -> float:
+    def K2(self) -> float:  # noqa: N802  (the paper's name)
         """The factor of d^p; 0 where alpha is 0 or 1 (there the bracket grows by exp(L1 d) instead)."""
         a = self.alpha
         if a in (0, 1):
@@ -203,9 +204,9 @@ class GeneralizedSmoothness:
         if beta < self.alpha:
             warn_once(f"{where}: beta = {beta:.4g} is below alpha = {self.alpha:.4g}; no rate is known there.")
         if self.alpha == 1:
-            return eps**beta / (math.e * (self.L0 + self.L1 * eps))
+            return float(eps**beta / (math.e * (self.L0 + self.L1 * eps)))
         K = self.K0 + self.K1 + 2 * self.K2
-        return eps**beta / (max(1.0, K) if rule == "sharp" else 12 * K + 1)
+        return float(eps**beta / (max(1.0, K) if rule == "sharp" else 12 * K + 1))
 
     def iterations(self, eps: float, gap: float) -> int:
         """Bound the iterations that the sharp step needs until the gradient's norm is at most `eps`.
@@ -222,8 +223,8 @@ class GeneralizedSmoothness:
         """
         if not gap >= 0:
             raise bad("GeneralizedSmoothness.iterations", "gap", "a float >= 0", gap)
-        gamma = self.stepsize(eps, self.alpha)
-        return math.ceil(2 * gap / (gamma * eps ** (2 - self.alpha)))  # each step gains at least gamma g^(2-alpha) / 2
+        gain = float(self.stepsize(eps, self.alpha) * eps ** (2 - self.alpha)) / 2  # at least, of each step
+        return math.ceil(gap / gain)
 
     @classmethod
     def estimate(
@@ -302,12 +303,12 @@ def _envelope(m: Float[Tensor, " k"], r: Float[Tensor, " k"]) -> tuple[float, fl
     lines = [(max(y for _, y in hull), 0.0)]
     if all(x > 0 or y == 0 for x, y in hull):
         lines.append((0.0, max((y / x for x, y in hull if x > 0), default=0.0)))
-    for (x0, y0), (x1, y1) in zip(hull, hull[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(hull):
         if x1 > x0:
             slope = (y1 - y0) / (x1 - x0)
             lines.append((y0 - slope * x0, slope))
     mean = float(m.mean())
-    return min((a + b * mean, (a, b)) for a, b in lines if a >= 0 and b >= 0)[1]
+    return min((line for line in lines if min(line) >= 0), key=lambda line: (line[0] + line[1] * mean, line[1]))
 
 
 def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:

@@ -8,8 +8,8 @@ with ||h||^2 = <B h, h> and ||g||_*^2 = <g, B^-1 g>. The step moves by at most g
 
     x+ = x - (H + lambda B)^-1 grad f(x),           lambda = ||grad f(x)||_* / gamma_k
 
-and is taken if f(x) - f(x+) >= ||grad f(x+)||_*^2 / (8 lambda), which is sure where gamma_k <= gamma(x). Otherwise gamma_k
-is halved. Nothing of f is to be known: neither a constant nor which class of functions it is in.
+and is taken if f(x) - f(x+) >= ||grad f(x+)||_*^2 / (8 lambda), which is sure where gamma_k <= gamma(x). Otherwise
+gamma_k is halved. Nothing of f is to be known: neither a constant nor which class of functions it is in.
 
 ==============  ================================  ================================
 paper           here                              range
@@ -19,9 +19,9 @@ H               ``hessian``, ``hess``             symmetric, better >= 0
 B               ``metric``                        positive definite; the identity
 ==============  ================================  ================================
 
-Differs from the paper: gamma is doubled only after a first trial that was taken (`regrow="first"`: fewer solves, about as
-many steps; "always" is the paper's). A failed factorization is a failed trial. Where the decrease of f drowns in its
-rounding, the equivalent test on gradients, <grad f(x+), x - x+> >= ||grad f(x+)||_*^2 / (4 lambda), decides.
+Differs from the paper: gamma is doubled only after a first trial that was taken (`regrow="first"`: fewer solves,
+about as many steps; "always" is the paper's). A failed factorization is a failed trial. Where the decrease of f drowns
+in its rounding, the equivalent test on gradients, <grad f(x+), x - x+> >= ||grad f(x+)||_*^2 / (4 lambda), decides.
 When to use: few parameters, or products with the Hessian, and no wish to tune. See ``docs/jobs/optim.md``.
 
 Reference:

@@ -47,8 +47,8 @@ def minimize_gns(
         x0: Start: a vector, tensor or array.
         args: Further arguments of all callables.
         jac: Gradient; True where `fun` returns (f, gradient); None to differentiate. Default None.
-        hess: "exact"; "ggn" or "fisher" for a `Composite`; "diag", the absolute diagonal; "zero", none; or a callable that
-            returns a matrix, a vector (its diagonal), or a `LowRank`. Default "exact", or "zero" for arrays.
+        hess: "exact"; "ggn" or "fisher" for a `Composite`; "diag", the absolute diagonal; "zero", none; or a callable
+            that returns a matrix, a vector (its diagonal), or a `LowRank`. Default "exact", or "zero" for arrays.
         hessp: hessp(x, v, *args), the product with H, instead of `hess`.
         metric: B, a positive definite matrix or a positive diagonal. Default the identity.
         gamma0: First radius, in units of B's norm, > 0. Default 1.
@@ -64,8 +64,8 @@ def minimize_gns(
         tol: The same as `gtol`, as SciPy passes it.
 
     Returns:
-        `OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev, nsolve, success, status (0 converged, 1 maxiter, 2 no radius
-        passes, 99 stopped by the callback), message, and history, a dict of arrays with an entry a step: fun,
+        `OptimizeResult`: x, fun, jac, nit, nfev, njev, nhev, nsolve, success, status (0 converged, 1 maxiter, 2 no
+        radius passes, 99 stopped by the callback), message, and history, a dict of arrays with an entry a step: fun,
         gradient_norm, gamma, regularization, nfev, nsolve.
 
     Raises:
@@ -235,11 +235,16 @@ class _Oracle:
         if self.hess == "zero":
             return torch.zeros_like(x)
         if self.hess == "exact" and products:
-            return lambda v: torch.func.jvp(torch.func.grad(self._scalar), (x,), (v,))[1].detach()
-        if self.hess == "exact":
-            return torch.func.hessian(self._scalar)(x).detach()
-        if self.hess == "diag":
-            return torch.func.hessian(self._scalar)(x).detach().diagonal().abs()
+            back = torch.func.vjp(torch.func.grad(self._scalar), x)[1]  # H is symmetric: H'v is H v
+
+            def product(v: Tensor) -> Tensor:
+                out: Tensor = back(v)[0].detach()
+                return out
+
+            return product
+        if self.hess in ("exact", "diag"):
+            matrix: Tensor = torch.func.jacrev(torch.func.grad(self._scalar))(x).detach()
+            return matrix if self.hess == "exact" else matrix.diagonal().abs()
         if not isinstance(self.fun, Composite):
             raise bad(self.where, "hess", "another where `fun` is no Composite", self.hess)
         if self.hess == "fisher":

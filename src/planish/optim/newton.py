@@ -27,13 +27,14 @@ class GradNormNewton(Optimizer):
         params: Parameters, or one group of them; all of one dtype and device. float64 where accuracy below a
             thousandth matters.
         gamma0: First radius, in the units of the parameters, > 0. Default 1.
-        hessian: "exact", products by differentiating twice. "ggn", Gauss-Newton, positive semidefinite for a loss convex
-            in the model's outputs; the closure returns (loss, outputs), the loss computed from `outputs` alone.
+        hessian: "exact", products by differentiating twice. "ggn", Gauss-Newton, positive semidefinite for a loss
+            convex in the model's outputs; the closure returns (loss, outputs), the loss computed from `outputs` alone.
             "fisher", of the gradients of examples; the closure returns one loss an example, whose mean is minimized.
-            "diag", the absolute diagonal of the exact one, for a few thousand parameters. "zero", none: gradient descent
-            with a step found by trying. Default "exact".
+            "diag", the absolute diagonal of the exact one, for a few thousand parameters. "zero", none: gradient
+            descent with a step found by trying. Default "exact".
         solver: "cg", conjugate gradients; "cholesky" and "eigh", dense, to a few thousand parameters; "low_rank", for
-            "fisher", at the cost of the batch size cubed. "auto" is "cg" for "exact" and "ggn", "low_rank" for "fisher".
+            "fisher", at the cost of the batch size cubed. "auto" is "cg" for "exact" and "ggn", "low_rank" for
+            "fisher".
         cg_iterations: Most products a step, >= 1. Each keeps a vector of the parameters' size. Default 100.
         regrow: When the radius is doubled: after a "first" trial that passed, or "always" as in the paper.
         trials: Most radii a step, >= 1. Default 40.
@@ -178,9 +179,17 @@ class _Graph:
                     raise
                 raise bad(where, "closure", "a function that does not call backward", "a graph that is freed") from None
 
-    def _grad(self, of: Tensor, by: list[Tensor], weights: Tensor | None = None, *, again: bool = True, batch: bool = False) -> list[Tensor]:
+    def _grad(
+        self, of: Tensor, by: list[Tensor], weights: Tensor | None = None, *, again: bool = True, batch: bool = False
+    ) -> list[Tensor]:
         found = torch.autograd.grad(
-            of, by, weights, create_graph=again and not batch, retain_graph=again, allow_unused=True, is_grads_batched=batch
+            of,
+            by,
+            weights,
+            create_graph=again and not batch,
+            retain_graph=again,
+            allow_unused=True,
+            is_grads_batched=batch,
         )
         lead = () if weights is None or not batch else weights.shape[:1]
         return [p.new_zeros((*lead, *p.shape)) if g is None else g for g, p in zip(found, by, strict=True)]

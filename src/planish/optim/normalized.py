@@ -1,12 +1,12 @@
 r"""Normalized gradient descent: steps that stay sane where curvature grows with the gradient.
 
-Where the Hessian may be as large as a power alpha of the gradient, a step that is safe at the start crawls at the end, and
-one that is fast at the end explodes at the start. Dividing by a power of the gradient's norm mends both:
+Where the Hessian may be as large as a power alpha of the gradient, a step that is safe at the start crawls at the end,
+and one that is fast at the end explodes at the start. Dividing by a power of the gradient's norm mends both:
 
     w <- w - gamma m / max(||m||, c)^beta,        m <- mu m + (1 - mu) grad f(w)
 
-beta = 0 is gradient descent, beta = 1 moves by gamma each time, c > 0 with beta = 1 is clipping. The norm is that of all
-parameters together. With `lr="auto"` the length is instead the one whose decrease is guaranteed to be largest.
+beta = 0 is gradient descent, beta = 1 moves by gamma each time, c > 0 with beta = 1 is clipping. The norm is that of
+all parameters together. With `lr="auto"` the length is instead the one whose decrease is guaranteed to be largest.
 
 ==============  ================================  ================================
 paper           here                              range
@@ -106,11 +106,13 @@ class NormalizedGD(Optimizer):
         check_settings("NormalizedGD", settings)
         if settings["auto"] and (settings["clip"] or settings["momentum"]):
             name = "clip" if settings["clip"] else "momentum"
-            raise bad("NormalizedGD", name, "0 where lr='auto': the guarantee is for the plain gradient", settings[name])
+            raise bad(
+                "NormalizedGD", name, "0 where lr='auto': the guarantee is for the plain gradient", settings[name]
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401  (as torch has it)
+    def step(self, closure: Closure | None = None) -> Any:  # noqa: ANN401  (as torch has it)
         """Move the parameters in place.
 
         Args:
@@ -189,7 +191,9 @@ def refuse_sparse(where: str, params: Sequence[Tensor]) -> None:
     """
     for p in params:
         if p.grad is not None and p.grad.layout != torch.strided:
-            raise bad(where, "grad", "dense; use an embedding with sparse=False", f"a gradient of layout {p.grad.layout}")
+            raise bad(
+                where, "grad", "dense; use an embedding with sparse=False", f"a gradient of layout {p.grad.layout}"
+            )
 
 
 def global_norm(where: str, tensors: Sequence[Tensor]) -> float:

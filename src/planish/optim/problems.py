@@ -40,7 +40,9 @@ class PhaseRetrieval(nn.Module):
     def __init__(self, a: Float[Tensor, "m n"], y: Float[Tensor, " m"], start: Float[Tensor, " n"]) -> None:
         super().__init__()
         if a.ndim != 2 or not len(a) or y.shape != a.shape[:1] or start.shape != a.shape[1:]:
-            raise bad("PhaseRetrieval", "a", "(m, n) beside y (m,) and start (n,)", [tuple(t.shape) for t in (a, y, start)])
+            raise bad(
+                "PhaseRetrieval", "a", "(m, n) beside y (m,) and start (n,)", [tuple(t.shape) for t in (a, y, start)]
+            )
         self.register_buffer("a", a)
         self.register_buffer("y", y)
         self.z = nn.Parameter(start.detach().clone())
@@ -116,8 +118,8 @@ class PenalizedDRO(nn.Module):
 
         L(w, eta) = lambda E psi*((loss(w) - eta) / lambda) + eta,      Psi(w) = min over eta of L
 
-    with psi* of chi2: ((t/2 + 1)_+)^2 - 1; kl: exp(t) - 1; cvar, smoothed: log(1 - a + a exp(t)) / a. Its gradient grows
-    with itself, alpha = 1.
+    with psi* of chi2: ((t/2 + 1)_+)^2 - 1; kl: exp(t) - 1; cvar, smoothed: log(1 - a + a exp(t)) / a. Its curvature
+    grows with its gradient, alpha = 1.
 
     Args:
         x: Features, one example a row.
@@ -217,9 +219,7 @@ class PenalizedDRO(nn.Module):
         return torch.sigmoid(t + math.log(self.tail) - math.log1p(-self.tail)) / self.tail
 
 
-def regression_loss(
-    w: Float[Tensor, " n"], x: Float[Tensor, "m n"], y: Float[Tensor, " m"]
-) -> Float[Tensor, " m"]:
+def regression_loss(w: Float[Tensor, " n"], x: Float[Tensor, "m n"], y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     """Return the paper's loss of each example, a squared error with a penalty that is not convex.
 
     Args:

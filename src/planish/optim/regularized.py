@@ -5,6 +5,7 @@ keeps the eigenvalues of B^-1 H, the second a Krylov basis, on which all shifts 
 positive definite has no answer (None), and the search takes a larger lambda.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -106,7 +107,7 @@ class Metric:
 
     def norm(self, h: Tensor) -> float:
         """Return <B h, h>^(1/2), the norm of a step."""
-        return max(float(self.product(h) @ h), 0.0) ** 0.5
+        return math.sqrt(max(float(self.product(h) @ h), 0.0))
 
     def dense(self) -> Tensor:
         """Return B as a matrix."""
@@ -220,7 +221,8 @@ def _eigh(matrix: Tensor, metric: Metric, g: Tensor) -> Solve:
         if not bool((shifted > 0).all()):
             return None
         white = vectors @ (seen / shifted)
-        return torch.linalg.solve_triangular(factor.T, white[:, None], upper=True)[:, 0]
+        out: Tensor = torch.linalg.solve_triangular(factor.T, white[:, None], upper=True)[:, 0]
+        return out
 
     return solve
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,8 @@ class Composite:
     """A function f(x) = mean of outer(inner(x)), of which `minimize_gns` takes Gauss-Newton and Fisher matrices.
 
     Args:
-        outer: Gives one loss a row of what `inner` gives, or one number; convex, if Gauss-Newton's matrix is to be >= 0.
+        outer: Gives one loss a row of what `inner` gives, or one number; convex, if Gauss-Newton's matrix is to be
+            >= 0.
         inner: The model: gives a tensor for a vector x.
 
     Example:
@@ -57,10 +59,10 @@ class Composite:
             The generalized Gauss-Newton matrix; the Hessian where `inner` is linear.
         """
         z = self.inner(x)
+        bend = self._bend(z)
         columns = torch.func.jacrev(self.inner)(x).reshape(z.numel(), -1).T  # a column of J is a row here
-        bend = torch.func.grad(lambda z: self.outer(z).mean())
-        bent = torch.func.vmap(lambda v: torch.func.jvp(bend, (z,), (v.reshape(z.shape),))[1])(columns)
-        matrix = bent.reshape(len(columns), -1) @ columns.T
+        bent = torch.func.vmap(lambda v: bend(v.reshape(z.shape)))(columns)
+        matrix: Tensor = bent.reshape(len(columns), -1) @ columns.T
         return (matrix + matrix.T) / 2
 
     def gauss_newton_product(self, x: Float[Tensor, " n"]) -> Function:
@@ -72,12 +74,27 @@ class Composite:
         Returns:
             v -> J' H_outer J v.
         """
-        z, back = torch.func.vjp(self.inner, x)
-        bend = torch.func.grad(lambda z: self.outer(z).mean())
+        found: tuple[Any, ...] = torch.func.vjp(self.inner, x)
+        z, back = found
+
+        def transposed(u: Tensor) -> Tensor:
+            out: Tensor = back(u)[0]
+            return out
+
+        ahead = torch.func.vjp(transposed, torch.zeros_like(z))[1]  # J'u is linear in u: its derivative is J
+        bend = self._bend(z)
+        return lambda v: transposed(bend(ahead(v)[0]))
+
+    def _bend(self, z: Tensor) -> Function:
+        """Return the product with the Hessian of the mean of `outer` at z, which is symmetric: H'v is H v."""
+
+        def mean(z: Tensor) -> Tensor:
+            return self.outer(z).mean()
+
+        back = torch.func.vjp(torch.func.grad(mean), z)[1]
 
         def product(v: Tensor) -> Tensor:
-            moved = torch.func.jvp(self.inner, (x,), (v,))[1]
-            out: Tensor = back(torch.func.jvp(bend, (z,), (moved,))[1])[0]
+            out: Tensor = back(v)[0]
             return out
 
         return product

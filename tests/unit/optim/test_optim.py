@@ -1,5 +1,6 @@
 """Edges of planish.optim, and the sentence of each refused argument."""
 
+import itertools
 import math
 
 import numpy as np
@@ -169,7 +170,7 @@ def test_how_a_minimization_ends():
     one = minimize_gns(square, X * 100, maxiter=1)
     assert (one.status, one.success, one.nit, len(one.history["gamma"])) == (1, False, 1, 1)
     flat = minimize_gns(lambda x: 1e16 + square(x), X, gtol=0.0, maxiter=200)
-    assert flat.status in (1, 2) and float(flat.x.norm()) < 1
+    assert float(flat.x.norm()) < 1e-6  # no value of f tells it, but gradients do
     hopeless = minimize_gns(square, X, jac=lambda x: -x, hess="zero")  # its gradient points uphill
     assert hopeless.status == 2 and torch.equal(hopeless.x, X) and not hopeless.success
 
@@ -216,9 +217,9 @@ def test_gradients_that_cannot_be_measured_leave_everything_as_it_was():
     [
         ("exact", lambda x: 1.0, "a function that returns the loss with its graph"),
         ("exact", lambda x: x * 2, "a function that returns one number"),
-        ("ggn", lambda x: square(x), r"returns \(loss, outputs\)"),
+        ("ggn", square, r"returns \(loss, outputs\)"),
         ("ggn", lambda x: (square(x), torch.ones(1)), r"\(loss, outputs\) with the graph of both"),
-        ("fisher", lambda x: square(x), "one loss an example"),
+        ("fisher", square, "one loss an example"),
         ("exact", lambda x: (y := square(x)).backward() or y, "does not call backward"),
         ("exact", lambda x: x.sum() * math.nan, "finite where the step starts"),
     ],
@@ -280,7 +281,7 @@ def test_newton_trains_a_net_as_the_function_of_a_vector_is_minimized(hessian, s
     losses = [float(optimizer.step(closure)) for _ in range(4)]
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert torch.allclose(after, found.x, rtol=1e-6, atol=1e-8)
-    assert all(later < former for former, later in zip(losses, losses[1:], strict=False))
+    assert all(later < former for former, later in itertools.pairwise(losses))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -314,7 +315,10 @@ def test_a_linear_loss_has_no_curvature_and_is_followed():
 def test_a_group_added_later_starts_with_an_anchor():
     x, y = parameter(), parameter()
     spider = Spider([x], 0.1, q=5)
-    both = lambda: (square(x) + square(y)).backward()  # noqa: E731
+
+    def both():
+        (square(x) + square(y)).backward()
+
     spider.step(both)
     assert not spider.anchors
     spider.add_param_group({"params": [y], "lr": 0.2})
