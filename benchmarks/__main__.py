@@ -18,6 +18,7 @@ NAMES = (
     "tune",
     "quantiles",
     "optim",
+    "newton",
     "serve",
     "load",
     "kernels",

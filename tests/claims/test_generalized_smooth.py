@@ -74,15 +74,23 @@ def test_the_automatic_step_needs_a_tenth_of_the_theory_s(instances, record_clai
     "generalized_smooth", "seeds of five in which SPIDER ends lowest after 25,000 gradients of phase retrieval"
 )
 def test_spider_is_lowest_at_equal_cost(record_claim):
+    # the published steps and their halves, for everybody
+    rivals = [
+        [half(lr * s, beta, clip) for s in (1, 0.5)]
+        for lr, beta, clip in ((2e-4, 0.0, 0.0), (2e-3, 1.0, 0.0), (0.3, 1.0, 1000.0))
+    ]
+    spider = [lambda p, lr=lr: Spider(p, lr, q=5) for lr in (0.01, 0.005)]
     won = 0
-    rivals = [half(2e-4, 0.0), half(2e-3, 1.0), half(0.3, 1.0, 1000.0)]
     for seed in range(5):
         problem = PhaseRetrieval.random(generator=torch.Generator().manual_seed(seed))
         descend(problem, half(0.1, 2 / 3), 100, lambda: 0.0)
         warm, ends = [problem.z.detach().clone()], []
-        for make in (lambda p: Spider(p, 0.01, q=5), *rivals):
-            reset(problem, warm)
-            sampled(problem, 3000, make, 50, 25_000, seed)
-            ends.append(value_of(problem))
+        for makes in (spider, *rivals):
+            reached = []
+            for make in makes:
+                reset(problem, warm)
+                sampled(problem, 3000, make, 50, 25_000, seed)
+                reached.append(value_of(problem))
+            ends.append(min(reached))
         won += ends[0] == min(ends)
     record_claim(won, 4, "of 5")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.optim_newton import chebyshev, rosenbrock
+from benchmarks.newton import chebyshev, rosenbrock
 from planish.optim import LogSumExp, PowerNorm, gram, minimize_gns
 
 pytest.importorskip("scipy")

@@ -171,7 +171,7 @@ def test_it_scales_with_the_function_and_with_the_space(subject, c, s):
 @subjects
 def test_a_gradient_of_zero_moves_nothing(subject):
     params = [torch.ones(3, dtype=torch.float64, requires_grad=True)]
-    optimizer, step = resume(subject, lambda x: (x - 1).square().sum(), params)
+    _, step = resume(subject, lambda x: (x - 1).square().sum(), params)
     step()
     step()
     assert torch.equal(params[0].detach(), torch.ones(3, dtype=torch.float64))
