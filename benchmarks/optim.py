@@ -27,7 +27,7 @@ MARKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % for that many seeds
 CURVES = "phase retrieval, all data: f less the floor, by iteration"
 ABOVE = 0.6  # the floor of the noise is about 7.6: the sheet's 8.16 is that much above it
-CAP = 20_000
+CAP, DIVERGED = 20_000, 1e30
 
 
 def spread(case: str, subject: str, metric: str, values: Sequence[float], unit: str, note: str = "") -> Row:
@@ -62,7 +62,7 @@ def half(lr: float, beta: float, clip: float = 0.0, mu: float = 0.0) -> Make:
 def descend(
     problem: nn.Module, make: Make, steps: int, measure: Callable[[], float], until: float = -math.inf
 ) -> list[float]:
-    """Return what is measured before each step and at the end; stop below `until`, or when it is no longer finite."""
+    """Return what is measured before each step and at the end; stop below `until`, or when the loss diverges."""
     optimizer = make(list(problem.parameters()))
     seen = [measure()]
     for _ in range(steps):
@@ -71,7 +71,7 @@ def descend(
         optimizer.zero_grad()
         loss = problem()
         loss.backward()
-        if not math.isfinite(float(loss.detach())):
+        if not float(loss.detach()) < DIVERGED:
             seen.append(math.inf)
             break
         optimizer.step()

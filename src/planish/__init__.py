@@ -10,6 +10,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.linalg     matrix functions
     planish.tune       choose hyper-parameters
     planish.regression predict a whole distribution
+    planish.optim      minimize what is steep, or has a Hessian
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = ("kernels", "linalg", "metrics", "nn", "plugins", "quant", "regression", "tune")
+_ROOMS = ("kernels", "metrics", "nn", "plugins", "quant", "regression", "tune")
+_ROOMS = ("kernels", "metrics", "optim", "plugins", "quant", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
