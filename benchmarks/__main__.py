@@ -18,6 +18,7 @@ NAMES = (
     "tune",
     "quantiles",
     "optim",
+    "robust",
     "newton",
     "serve",
     "load",

@@ -37,7 +37,7 @@ def soft_maximum(n=12, seed=1):
 ROWS, SIGNS = normal(40, 5, seed=7), (-1.0) ** torch.arange(40, dtype=f64)
 LOGISTIC = Composite(lambda z: F.softplus(-SIGNS * z) + 0.02 * z.square(), lambda x: ROWS @ x)
 
-CHAIN, SOFT = PowerNorm(chebyshev, 4), soft_maximum()
+CHAIN, SOFT = PowerNorm(chebyshev, 4.0), soft_maximum()
 # name -> function, start, settings
 CASES = {
     "rosenbrock, exact": (rosenbrock, torch.tensor([-2.0, 2.0], dtype=f64), {}),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from planish.optim.regularized import Curvature, LowRank, Metric, Solver, check_
 from planish.optim.structured import Composite
 
 Hessian = Literal["exact", "ggn", "fisher", "diag", "zero"]
-Vector = Tensor | np.ndarray[Any, Any]
+Vector = Tensor | npt.NDArray[np.floating[Any]]
 
 
 def minimize_gns(
