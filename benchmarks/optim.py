@@ -135,8 +135,8 @@ def deterministic(quartics: Quartics) -> Iterator[Row]:
         "clipped GD": lambda _: half(0.9, 1.0, 100.0),
     }
     for name, make, grid in (
-        ("momentum", momentum, (1e-5, 3e-5, 1e-4, 2e-4)),
-        ("Adam", adam, (0.03, 0.1, 0.3, 1.0)),
+        ("momentum", momentum, (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
+        ("Adam", adam, (0.3, 1.0, 2.0, 4.0)),
     ):
         lr = quartics.best(make, grid, steps)
         subjects[f"{name} {lr:g}"] = lambda _, make=make, lr=lr: make(lr)
@@ -171,7 +171,7 @@ def theory(quartics: Quartics, quick: bool) -> Iterator[Row]:
             yield Row(case, "planish auto", "iterations", _scalar(k, eps, known.step_length), "")
     if quick:
         return
-    case, eps = "phase retrieval, gradient 1", 1.0
+    case, eps = "phase retrieval, gradient 0.1", 0.1
     counts: dict[str, list[float]] = {"theory, beta = alpha": [], "planish auto": []}
     for i, known in enumerate(quartics.known):
         for name, taken in counts.items():
@@ -248,7 +248,7 @@ def stochastic(quartics: Quartics) -> Iterator[Row]:
         **halved("normalized SGD", lambda lr: half(lr, 1.0), 2e-3),
         **halved("normalized SGD, momentum", lambda lr: half(lr, 1.0, mu=1e-4), 3e-3),
         **halved("clipped SGD", lambda lr: half(lr, 1.0, 1000.0), 0.3),
-        **halved("Adam", adam, 0.02),
+        **{f"Adam {lr:g}": adam(lr) for lr in (0.01, 0.003, 0.001)},
         **halved("planish SPIDER", lambda lr: lambda params: Spider(params, lr, q=5), 0.01),
     }
     ends: dict[str, list[float]] = {}

@@ -30,7 +30,7 @@ def main() -> None:
         ours = name.startswith("planish")
         colour, style = (OURS, "-") if ours else STYLES.get(name) or next(plain)
         axis.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=2.2 if ours else 1.4, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="iteration + 1", ylabel="f less the floor of its noise")
+    axis.set(xscale="log", yscale="log", xlabel="iteration + 1", ylabel="f less the floor of its noise, cut at 0.001")
     axis.set_ylim(bottom=8e-4)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
