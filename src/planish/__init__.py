@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _ROOMS = ("kernels", "linalg", "metrics", "nn", "plugins", "quant", "regression", "tune")
 _ROOMS = ("kernels", "metrics", "nn", "plugins", "quant", "regression", "tune")
 _ROOMS = ("kernels", "metrics", "optim", "plugins", "quant", "tune")
+_ROOMS = ("kernels", "metrics", "nn", "optim", "plugins", "quant", "regression", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
