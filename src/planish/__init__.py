@@ -22,10 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
-_ROOMS = ("kernels", "linalg", "metrics", "nn", "plugins", "quant", "regression", "tune")
-_ROOMS = ("kernels", "metrics", "nn", "plugins", "quant", "regression", "tune")
-_ROOMS = ("kernels", "metrics", "optim", "plugins", "quant", "tune")
-_ROOMS = ("kernels", "metrics", "nn", "optim", "plugins", "quant", "regression", "tune")
+_ROOMS = ("kernels", "linalg", "metrics", "nn", "optim", "plugins", "quant", "regression", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
