@@ -20,6 +20,7 @@ NAMES = (
     "optim",
     "robust",
     "newton",
+    "sqrtm",
     "serve",
     "load",
     "kernels",
