@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from planish._support import bad
@@ -30,12 +30,12 @@ _MOST = 64  # steps of "auto": enough for eigenvalues 1e-10 apart
 
 
 def solve_lyapunov_psd(
-    x: Float[Tensor, "*b n n"],
-    g: Float[Tensor, "*b n n"],
+    x: Inexact[Tensor, "*b n n"],
+    g: Inexact[Tensor, "*b n n"],
     *,
     method: Literal["eigh", "iteration"] = "eigh",
     steps: Steps = "auto",
-) -> Float[Tensor, "*b n n"]:
+) -> Inexact[Tensor, "*b n n"]:
     """Solve X D + D X = G for D, with X symmetric and positive semidefinite; differentiable at any order.
 
     Where X is singular there is no unique solution (nor any, for most G): "eigh" gives the one that is zero inside the

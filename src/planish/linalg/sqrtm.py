@@ -33,7 +33,7 @@ Reference:
 
 from typing import Unpack
 
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from planish.linalg.lyapunov import Steps
@@ -42,7 +42,7 @@ from planish.linalg.roots import both
 
 
 def matrix_sqrth(
-    A: Float[Tensor, "*b n n"],
+    A: Inexact[Tensor, "*b n n"],
     *,
     method: Method = "auto",
     tolerance: float | None = None,
@@ -54,7 +54,7 @@ def matrix_sqrth(
     eps: float = 0.0,
     check: bool = True,
     paper: bool = False,
-) -> Float[Tensor, "*b n n"]:
+) -> Inexact[Tensor, "*b n n"]:
     """Return the positive semidefinite X with X X = A, for each matrix of a batch on its own.
 
     Differentiable twice and more, also where eigenvalues coincide. Inside the null space of a singular A, where the
@@ -108,7 +108,7 @@ def matrix_sqrth(
     return root  # type: ignore[return-value]
 
 
-def matrix_inv_sqrth(A: Float[Tensor, "*b n n"], **given: Unpack[RootOptions]) -> Float[Tensor, "*b n n"]:
+def matrix_inv_sqrth(A: Inexact[Tensor, "*b n n"], **given: Unpack[RootOptions]) -> Inexact[Tensor, "*b n n"]:
     """Return the positive definite Y with Y A Y = 1, for each matrix of a batch on its own.
 
     Args:
@@ -136,8 +136,8 @@ def matrix_inv_sqrth(A: Float[Tensor, "*b n n"], **given: Unpack[RootOptions]) -
 
 
 def matrix_sqrth_pair(
-    A: Float[Tensor, "*b n n"], **given: Unpack[RootOptions]
-) -> tuple[Float[Tensor, "*b n n"], Float[Tensor, "*b n n"]]:
+    A: Inexact[Tensor, "*b n n"], **given: Unpack[RootOptions]
+) -> tuple[Inexact[Tensor, "*b n n"], Inexact[Tensor, "*b n n"]]:
     """Return the square root and its inverse, for about the price of one.
 
     Args:
