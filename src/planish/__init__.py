@@ -7,7 +7,6 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.plugins    live inside other people's programs
     planish.metrics    is it calibrated?
     planish.nn         layers, smooth where ReLU has a corner
-    planish.linalg     matrix functions
     planish.linalg     square roots of matrices
     planish.tune       choose hyper-parameters
     planish.regression predict a whole distribution
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = ("kernels", "linalg", "metrics", "nn", "optim", "plugins", "quant", "regression", "tune")
-_ROOMS = ("kernels", "linalg", "metrics", "nn", "plugins", "quant", "regression", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes

@@ -1,11 +1,3 @@
-"""Matrix functions.
-
-How to choose: `low_rank_correction` for the error of a rounded layer.
-"""
-
-from planish.linalg.low_rank import low_rank_correction
-
-__all__ = ["low_rank_correction"]
 """Matrix functions: square roots with gradients, whitening, distances of Gaussians, corrections of low rank.
 
 How to choose: `matrix_sqrth` and `matrix_inv_sqrth` for one of the roots, `matrix_sqrth_pair` for both;
