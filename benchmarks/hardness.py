@@ -1,53 +1,103 @@
 """How optimizers fare on the worst function: queries a door of the hard chain, ours beside those of torch.
 
-Every evaluation is a query, a line search's too. Each first-order method has the best step size of a small grid, so that
-the comparison is of methods. The slopes of queries over 1 / eps are those that the theory gives: 2 for gradient descent,
-1.5 for methods that use the Hessian.
+Every evaluation is a query, a line search's too. Each method with a step size has the best of a small grid, so that the
+comparison is of methods and not of settings.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from planish.optim import GradNormNewton, NormalizedGD, Spider
 from torch import Tensor
 
 from benchmarks.harness import ROOT, Row
-from planish.complexity import Score, Scores, StochasticOracle, ZeroChain, bench, query_lower_bound
-from planish.optim import GradNormNewton, NormalizedGD, Spider
+from planish.complexity import Score, Scores, StochasticOracle, ZeroChain, bench, geometric_queries
 
-LENGTHS, QUICK_LENGTHS = (5, 10, 20, 40, 80), (5, 10)
-STEPS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+LENGTHS, QUICK_LENGTHS = (5, 10, 20, 40), (3, 6)
+STEPS, QUICK_STEPS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01), (0.05,)
 PICTURE = ROOT / "docs" / "papers" / "hardness.svg"
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
-
-def families() -> dict[str, Callable[[float], Make]]:
-    """Return name -> step size -> maker."""
-    sgd = torch.optim.SGD
-    return {
-        "gradient descent": lambda lr: lambda p: sgd(p, lr=lr),
-        "momentum": lambda lr: lambda p: sgd(p, lr=lr, momentum=0.9),
-        "Nesterov": lambda lr: lambda p: sgd(p, lr=lr, momentum=0.9, nesterov=True),
-        "Adam": lambda lr: lambda p: torch.optim.Adam(p, lr=lr),
-        "L-BFGS": lambda _: lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"),
-        "NormalizedGD": lambda lr: lambda p: NormalizedGD(p, lr=lr),
-        "Spider": lambda lr: lambda p: Spider(p, lr=lr),
-        "GradNormNewton": lambda _: lambda p: GradNormNewton(p),
-    }
+STEPPED: dict[str, Callable[[float], Make]] = {
+    "gradient descent": lambda lr: lambda p: torch.optim.SGD(p, lr=lr),
+    "momentum": lambda lr: lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9),
+    "Nesterov": lambda lr: lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, nesterov=True),
+    "Adam": lambda lr: lambda p: torch.optim.Adam(p, lr=lr),
+    "NormalizedGD": lambda lr: lambda p: NormalizedGD(p, lr=lr),
+    "Spider": lambda lr: lambda p: Spider(p, lr=lr, q=5),
+}
+STEPLESS: dict[str, Make] = {
+    "L-BFGS": lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"),
+    "GradNormNewton": GradNormNewton,
+}
 
 
-def scored(lengths: tuple[int, ...]) -> tuple[Scores, dict[str, float]]:
-    """Return every family's scores at its best step, and that step."""
-    rows: list[Score] = []
+def scored(lengths: tuple[int, ...], steps: tuple[float, ...]) -> tuple[Scores, dict[str, float]]:
+    """Return every method's scores, at its best step where it has one, and those steps."""
+    rows: list[Score] = list(bench(STEPLESS, lengths, most=100).rows)
     chosen: dict[str, float] = {}
-    for name, family in families().items():
-        tried = {}
-        for lr in STEPS:
-            tried[lr] = bench({name: family(lr)}, lengths, most=100)
-            if family(lr) is not family(lr) and name in {"L-BFGS", "GradNormNewton"}:
-                break  # it has no step size
-        best = min(tried, key=lambda lr: (tried[lr].worst(name), lr))
-        chosen[name] = best
-        rows += tried[best].rows
+    for name, make in STEPPED.items():
+        tried = {lr: bench({name: make(lr)}, lengths, most=100) for lr in steps}
+        chosen[name] = min(tried, key=lambda lr: tried[lr].worst(name))
+        rows += tried[chosen[name]].rows
     return Scores(tuple(rows)), chosen
+
+
+def slope(make: Callable[[ZeroChain], Make], order: int, targets: dict[float, int]) -> float:
+    """Return the slope of log queries over log 1 / eps, on the chains whose gap leaves room for so many doors."""
+    counts = []
+    coarse = max(targets)
+    room = targets[coarse] / ZeroChain.for_target(coarse, order=order, delta=1e6).length * 1e6
+    for eps in targets:
+        f = ZeroChain.for_target(eps, order=order, delta=room * 1.001)
+        (row,) = bench({"it": make(f)}, (f.length,), chain=lambda _, f=f: f).rows
+        counts.append(row.queries if row.queries is not None else math.nan)
+    return math.log(counts[-1] / counts[0]) / math.log(max(targets) / min(targets))
+
+
+def stochastic(success: float, runs: int, length: int = 10) -> float:
+    """Return the mean queries of a method that opens each door as soon as it sees it."""
+    f = ZeroChain(length)
+    oracle = StochasticOracle(f, success, generator=torch.Generator().manual_seed(0))
+    x, queries = torch.zeros(runs, length, dtype=torch.float64), 0
+    while (active := (f.progress(x, 1.0) < length)).any():
+        queries += int(active.sum())
+        g = oracle(x)
+        x = torch.where(active[:, None] & (g != 0), -2.0 * g.sign(), x)
+    return queries / runs
+
+
+def rows(quick: bool, **_: object) -> Iterator[Row]:
+    """Yield queries a door and slopes; draw the picture of a full run.
+
+    Args:
+        quick: Short chains, one step size.
+        **_: What other benchmarks are asked beside this.
+    """
+    scores, chosen = scored(QUICK_LENGTHS if quick else LENGTHS, QUICK_STEPS if quick else STEPS)
+    case = "queries to a stationary point of the chain, from the origin"
+    for name in scores.optimizers:
+        for row in scores.rows:
+            if row.optimizer == name and row.queries is not None:
+                yield Row(case, name, f"T = {row.length}", row.queries, "")
+        yield Row(case, name, "worst, a door", scores.worst(name), "")
+        if name in chosen:
+            yield Row(case, name, "best step", chosen[name], "")
+    if not quick:
+        axes = scores.plot()
+        axes.figure.savefig(PICTURE, metadata={"Date": None})
+    case = "slope of log queries over log 1 / eps"
+    first = {2e-3: 10, 1e-3: 40} if quick else {2e-3: 100, 1e-3: 400}
+    gd = slope(lambda f: lambda p: torch.optim.SGD(p, lr=152 / 20 / f.lipschitz), 1, first)
+    yield Row(case, "gradient descent, order 1", "measured", gd, "")
+    yield Row(case, "gradient descent, order 1", "theory", 2.0, "")
+    second = {4e-3: 4, 1e-3: 32} if quick else {4e-3: 10, 1e-3: 80}
+    newton = slope(lambda _: GradNormNewton, 2, second)
+    yield Row(case, "GradNormNewton, order 2", "measured", newton, "")
+    yield Row(case, "GradNormNewton, order 2", "theory", 1.5, "")
+    case = "mean queries for 10 doors, each shown with probability q"
+    for success in (0.5, 0.2, 0.05):
+        mean = stochastic(success, 50 if quick else 2000)
+        yield Row(case, f"q = {success}", "measured", mean, "")
+        yield Row(case, f"q = {success}", "T / q", geometric_queries(10, success)[0], "")
