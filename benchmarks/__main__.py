@@ -11,7 +11,6 @@ from benchmarks import harness
 
 NAMES = (
     "quant",
-    "outliers",
     "cost",
     "search",
     "calibration",
@@ -21,6 +20,8 @@ NAMES = (
     "robust",
     "newton",
     "sqrtm",
+    "hardness",
+    "choquard",
     "serve",
     "load",
     "kernels",

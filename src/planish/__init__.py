@@ -11,6 +11,8 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.tune       choose hyper-parameters
     planish.regression predict a whole distribution
     planish.optim      minimize what is steep, or has a Hessian
+    planish.complexity how hard is it, at the worst?
+    planish.pde        fractional equations
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
-_ROOMS = ("kernels", "linalg", "metrics", "nn", "optim", "plugins", "quant", "regression", "tune")
+_ROOMS = ("complexity", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
