@@ -23,7 +23,7 @@ Differs from the paper: it proves that solutions exist and concentrate; here the
 which they are set to 0. That box is the largest source of error: solutions decay like a power only.
 
 Reference:
-    Existence and concentration of solutions for the fractional (p, q)-Choquard equation with exponential growth, 2025.
+    Concentrating solutions of the fractional (p,q)-Choquard equation with exponential growth, 2025.
     https://arxiv.org/abs/2506.00412
 """
 

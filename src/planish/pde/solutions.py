@@ -162,6 +162,8 @@ class Sweep:
         right.loglog(self.eps, self.distances, marker="o", label="peak to well")
         right.loglog(self.eps, [s.energy - self.level for s in self.states], marker="s", label="energy less its limit")
         right.set(xlabel="eps")
+        right.set_xticks(self.eps, [f"{eps:.3g}" for eps in self.eps])
+        right.minorticks_off()
         right.legend(frameon=False, fontsize=8)
         for ax in (left, right, behind):
             ax.spines["top"].set_visible(False)
