@@ -1,4 +1,4 @@
-"""Ground levels, concentration and time per solve of the Choquard equation; plain descent beside the preconditioned one."""
+"""The Choquard equation: ground levels, concentration, time per solve; plain descent beside the preconditioned one."""
 
 import time
 from collections.abc import Callable, Iterator

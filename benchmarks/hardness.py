@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from planish.optim import GradNormNewton, NormalizedGD, Spider
 from torch import Tensor
 
 from benchmarks.harness import ROOT, Row
 from planish.complexity import Score, Scores, StochasticOracle, ZeroChain, bench, geometric_queries
+from planish.optim import GradNormNewton, NormalizedGD, Spider
 
 LENGTHS, QUICK_LENGTHS = (5, 10, 20, 40), (3, 6)
 STEPS, QUICK_STEPS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01), (0.05,)
