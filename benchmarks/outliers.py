@@ -1,6 +1,6 @@
 """How much is lost with weights and activations in 4 bits: a scale a row of the weight, a scale a token.
 
-`python -m benchmarks outliers`, or `quant --suite outliers`. SmolLM2-135M-Instruct on running text that calibration
+`python -m benchmarks quant --suite outliers`. SmolLM2-135M-Instruct on running text that calibration
 never saw; a few of its channels, and its first token, carry activations far larger than the rest. Another recipe is one
 more line in `recipes`.
 """
@@ -41,7 +41,7 @@ QUICK = Size((2, 64), (2, 64), ("rtn", "hadamard", "duquant"))
 
 def recipes() -> dict[str, Callable[[], object]]:
     """Name what competes; each returns a `planish.quant.Method`."""
-    from planish.quant import Affine, duquant, rtn  # noqa: PLC0415
+    from planish.quant import Affine, LowRank, duquant, rtn  # noqa: PLC0415
     from planish.quant.methods.duquant import DuRotate, Hadamard  # noqa: PLC0415
     from planish.quant.methods.gptq import Compensate  # noqa: PLC0415
     from planish.quant.methods.smoothquant_plus import Smooth  # noqa: PLC0415
@@ -61,6 +61,7 @@ def recipes() -> dict[str, Callable[[], object]]:
         "duquant, permuted first": lambda: duquant(order="permute"),
         "duquant, symmetric": lambda: duquant(symmetric=True),
         "duquant, down not smoothed": lambda: replace(duquant(), transform=DuRotate(level)),
+        "duquant + branch of rank 16": lambda: replace(duquant(), round=LowRank(16)),
         "duquant + gptq": lambda: replace(duquant(weight_clip=1.0), round=Compensate(clip=True)),
     }
 
