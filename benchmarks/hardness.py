@@ -15,7 +15,7 @@ from planish.complexity import Score, Scores, StochasticOracle, ZeroChain, bench
 from planish.optim import GradNormNewton, NormalizedGD, Spider
 
 LENGTHS, QUICK_LENGTHS = (5, 10, 20, 40), (3, 6)
-STEPS, QUICK_STEPS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01), (0.05,)
+STEPS, QUICK_STEPS = (5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02), (0.05,)
 PICTURE = ROOT / "docs" / "papers" / "hardness.svg"
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -92,7 +92,7 @@ def rows(quick: bool, **_: object) -> Iterator[Row]:
     gd = slope(lambda f: lambda p: torch.optim.SGD(p, lr=152 / 20 / f.lipschitz), 1, first)
     yield Row(case, "gradient descent, order 1", "measured", gd, "")
     yield Row(case, "gradient descent, order 1", "theory", 2.0, "")
-    second = {4e-3: 4, 1e-3: 32} if quick else {4e-3: 10, 1e-3: 80}
+    second = {4e-3: 4, 1e-3: 32} if quick else {2e-3: 60, 1e-3: 170}
     newton = slope(lambda _: GradNormNewton, 2, second)
     yield Row(case, "GradNormNewton, order 2", "measured", newton, "")
     yield Row(case, "GradNormNewton, order 2", "theory", 1.5, "")
