@@ -198,7 +198,8 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
         )  # fmt: skip
     for site in sites:  # 2. round: lossy
         step = Nearest() if site.unseen else method.round
-        if trial and isinstance(step, Nearest) and method.act is None and site.online is None:
+        exact = method.act is None and site.online is None and method.refine is no_refine
+        if trial and isinstance(step, Nearest) and exact:
             for name, weight in step.values(site, method).items():
                 set_weight(site.consumers[name], weight)
         else:

@@ -8,7 +8,7 @@ import torch
 
 from planish._support import bad
 from planish.quant.candidates import OBJECTIVES, Choice, compare
-from planish.quant.engine import Method, Walk, no_transform
+from planish.quant.engine import Method, Walk, no_refine, no_transform
 from planish.quant.local import SiteError
 from planish.quant.moments import measure
 from planish.quant.rounding import Nearest
@@ -23,8 +23,8 @@ class SearchAlpha:
     One alpha for the model comes from the full grid. "kind" then gives each kind of layer (queries with keys and
     values, outputs, ...) its own where the whole model gains. "layer" proposes an alpha for every single site by the
     error of the module around it, and takes the proposals, kind by kind, where the whole model gains. Meanwhile
-    weights are rounded to nearest; at the end the method's own rounding step, or one of `rounds`, is taken if it
-    lowers the loss.
+    weights are rounded to nearest and not refined; at the end the method's own rounding step, or one of `rounds`, is
+    taken if it lowers the loss.
 
     Args:
         granularity: "model" (the paper, default), "kind" or "layer".
@@ -73,7 +73,7 @@ class SearchAlpha:
         """Return the method with the alphas that were found."""
         smooth: Any = method.transform
         walk = walk.first(self.tokens)
-        wanted, method = method, replace(method, round=Nearest())
+        wanted, method = method, replace(method, round=Nearest(), refine=no_refine)
         plain = replace(method, transform=no_transform)
         curve = self._compare(walk, [plain, *(self._with(method, alpha=a) for a in self.grid)], "alpha")
         findings: dict[str, Any] = {
@@ -100,7 +100,7 @@ class SearchAlpha:
             findings["rounding"] = {repr(s): x for s, x in zip(steps, choice.losses, strict=True)}
             if choice.losses[choice.best] < findings["loss"]:
                 method, findings["loss"] = fine[choice.best], choice.losses[choice.best]
-        return replace(method, findings=findings)
+        return replace(method, refine=wanted.refine, findings=findings)
 
     def _compare(self, walk: Walk, methods: list[Method], stage: str) -> Choice:
         return compare(walk, methods, objective=self._judge(walk), drop=self.drop, stage=f"search {stage}")
