@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from planish.quant.candidates import search
 from planish.quant.checkpoint import inspect, load, round_kept, save
+from planish.quant.conv import QConv
 from planish.quant.decoder import Decoder
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
@@ -49,6 +50,7 @@ __all__ = [
     "Journal",
     "LowRank",
     "Method",
+    "QConv",
     "QLinear",
     "QTensor",
     "Report",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from planish._support import bad, warn_once
 from planish.quant import fold
+from planish.quant.conv import in_place_of, is_conv
 from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format, Weight
 from planish.quant.layers import QLinear
@@ -61,6 +62,7 @@ class Method:
         refine: After a block is rounded: may adjust its scales.
         online: Keep a transform that cannot be folded, at the price of one more operation in every forward and of a
             checkpoint that stock engines do not read. Default False: such a transform is left out.
+        convolutions: Round convolutions as well. Default False: they stay in float.
         feed: Which inputs the rounding step sees: "quantized" (what the blocks before really give) or "float".
         findings: What the plan found on its way (JSON-able), for the report.
 
@@ -80,6 +82,7 @@ class Method:
     round: Callable[[Site, "Method"], dict[str, nn.Module]] = field(default_factory=Nearest)
     refine: Callable[[Block, "Method"], None] = no_refine
     online: bool = False
+    convolutions: bool = False
     feed: str = "quantized"
     findings: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -109,6 +112,7 @@ class Walk:
         weights: See `quantize`.
         progress: Called as progress(stage, done, total) after every block.
         journal: See `quantize`.
+        convolutions: See `Method`.
 
     Raises:
         ValueError: See `quantize`.
@@ -124,6 +128,7 @@ class Walk:
         weights: Weights | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         journal: Record | None = None,
+        convolutions: bool = False,
     ) -> None:
         if any(isinstance(m, QLinear) for m in model.modules()):
             raise bad("quantize", "model", "a float model", "one that holds QLinear layers already")
@@ -131,7 +136,7 @@ class Walk:
         unfuse(model)  # experts kept as one tensor become linears; the function stays the same
         self.stream = Stream(model, batches, device=device, weights=weights)
         self.blocks = sum(len(names) for names, _ in find_stacks(model))
-        self.journal = journal
+        self.journal, self.convolutions = journal, convolutions
         self.progress = progress or (lambda stage, done, total: None)
         self.known: dict[Any, list[Site]] = {}
 
@@ -168,7 +173,7 @@ class Walk:
 
     def sites(self, block: Block) -> list[Site]:
         """Return the sites of a block, probing each shape of block once."""
-        return find_sites(block, self.skipped(block.name), self.known)
+        return find_sites(block, self.skipped(block.name), self.known, convolutions=self.convolutions)
 
 
 def process(block: Block, sites: list[Site], method: Method, *, trial: bool = False) -> dict[str, bool]:
@@ -187,8 +192,9 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
         For each site that a transform was meant for, whether it was folded.
     """
     folded: dict[str, bool] = {}
+    sites = [site for site in sites if method.convolutions or not site.convolution]
     for site in sites:  # 1. smooth: exact
-        transform = None if site.unseen else method.transform(site, method)
+        transform = None if site.unseen or site.convolution else method.transform(site, method)
         if transform is not None:
             folded[site.kind] = fold.apply(block, transform, site, online=method.online)
     if any(getattr(step, "sees_clean", False) for step in (method.round, method.refine)):
@@ -212,13 +218,16 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
 def place(block: Block, layers: dict[str, nn.Module]) -> None:
     """Put rounded layers into a block, as dense stand-ins where that computes the same."""
     for name, layer in layers.items():
+        there = block.module.get_submodule(name)
+        if isinstance(layer, QLinear):  # one from a journal does not know yet what it replaces
+            layer = in_place_of(there, layer)  # noqa: PLW2901
         round_off(layer, block.stored, prefix=name + ".")
         block.finished[name] = layer
         stand_in: nn.Module = layer
         if isinstance(layer, QLinear) and layer.act is None:
-            dtype = weight_of(block.module.get_submodule(name)).dtype
+            dtype = weight_of(there).dtype
             stand_in = layer.dequantize(dtype).to(dtype)  # scales may be wider than the block
-            stand_in.__class__ = Dense
+            stand_in.__class__ = Dense if type(stand_in) is nn.Linear else type(stand_in)
         block.module.set_submodule(name, stand_in)
 
 
@@ -293,7 +302,8 @@ def quantize(
 
         method = best()
     began = time.perf_counter()
-    walk = Walk(model, batches, skip=skip, device=device, weights=weights, progress=progress, journal=journal)
+    walk = Walk(model, batches, skip=skip, device=device, weights=weights, progress=progress, journal=journal,
+                convolutions=method.convolutions)  # fmt: skip
     with journal.opened(walk, method) if journal else nullcontext():
         return _walk_blocks(walk, method, began)
 
@@ -373,7 +383,8 @@ def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -
     """Refuse, by name, weights that cannot be rounded: not finite, or not divisible into groups."""
     where = f"quantize, block {block.name or 'model'}"
     for name, module in block.module.named_modules():
-        if not is_linear(module) or stays_float(module) or skipped(name):
+        rounded = is_linear(module) or (method.convolutions and is_conv(module))
+        if not rounded or stays_float(module) or skipped(name):
             continue
         weight = weight_of(module)
         if not torch.isfinite(weight).all():

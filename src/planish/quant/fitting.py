@@ -5,9 +5,11 @@ from torch import Tensor, nn
 
 from planish._support import CheckpointError
 from planish.quant import naming
+from planish.quant.conv import in_place_of, is_conv
 from planish.quant.directory import Checkpoint
 from planish.quant.experts import Experts, fused_experts
 from planish.quant.layers import QLinear
+from planish.quant.sites import weight_of
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
@@ -19,8 +21,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
             model.set_submodule(name, apart)  # on the meta device: the checkpoint holds all that goes into it
     slots, ties = check(model, checkpoint)
     for name, layer in checkpoint.layers.items():
-        layer.training = model.get_submodule(name).training
-        model.set_submodule(name, layer)
+        there = model.get_submodule(name)
+        layer.training = there.training
+        model.set_submodule(name, in_place_of(there, layer))
     _assign(model, slots, ties, checkpoint.tensors)
     return checkpoint
 
@@ -95,7 +98,10 @@ def _assign(model: nn.Module, slots: dict[str, Tensor], ties: dict[int, list[str
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
-    """Return (inputs, outputs) of a dense layer, quantized or not, or None for anything else."""
+    """Return (inputs, outputs) of a layer, quantized or not, or None for anything else."""
+    if is_conv(module):
+        outputs, columns = weight_of(module).shape
+        return columns, outputs
     if isinstance(module, (nn.Linear, QLinear)):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, stored transposed

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from planish._support import CheckpointError, bad, warn_once
 from planish.quant import files, schemes
+from planish.quant.conv import in_place_of
 from planish.quant.engine import Method, Walk, place
 from planish.quant.fingerprint import differences, fingerprint
 from planish.quant.layers import QLinear
@@ -221,8 +222,9 @@ class Journal:
             module = model.get_submodule(body["block"])
             layers, rest = _layers(body, tensors, body["block"])
             for name, layer in layers.items():
-                layer.training = module.get_submodule(name).training
-                module.set_submodule(name, layer)
+                there = module.get_submodule(name)
+                layer.training = there.training
+                module.set_submodule(name, in_place_of(there, cast(QLinear, layer)))
             for name, tensor in rest.items():
                 owner, _, last = name.rpartition(".")
                 holder = module.get_submodule(owner)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from planish._support import CheckpointError
 from planish.quant.formats import FP4, SCALE_DTYPES, Affine, QTensor
+from planish.quant.conv import QConv
+from planish.quant.formats import SCALE_DTYPES, Affine, QTensor
 from planish.quant.layers import QLinear
 from planish.quant.packing import pack, unpack
 
@@ -28,6 +30,8 @@ def not_plain(layer: QLinear) -> str | None:
     """Say why no stock layout can hold a layer, or None where they can."""
     if isinstance(layer.format, FP4):
         return "its weights are four-bit floats"
+    if isinstance(layer, QConv):
+        return "it is a convolution"
     if layer.transform is not None:
         return "a transform stays online"
     if layer.act is not None:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from planish.quant.conv import is_conv, patches
 from planish.quant.precision import linear
 from planish.quant.stream import Block, kept
 
@@ -66,7 +67,7 @@ def watching(site: "Site", take: Any, keep: list[Tensor | None]) -> Iterator[Non
     masked = not site.split or site.whole is not None
 
     def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+        x = patches(_module, args[0]) if is_conv(_module) else args[0]  # type: ignore[arg-type]
         turn["batch"] += 1
         mask = keep[turn["batch"]] if masked and turn["batch"] < len(keep) else None
         rows = kept(x, mask)

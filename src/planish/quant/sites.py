@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from planish.quant.conv import is_conv
 from planish.quant.experts import Experts, visiting_all
 from planish.quant.moments import Moments
 from planish.quant.stream import Block
@@ -62,6 +63,11 @@ class Site:
     verdict: int | None = None
 
     @property
+    def convolution(self) -> bool:
+        """Whether it is a convolution's, whose activation is the patch under the kernel."""
+        return any(is_conv(module) for module in self.consumers.values())
+
+    @property
     def unseen(self) -> bool:
         """Whether no token reached the site: nothing is known of its activation."""
         return self.split and self.measured is None
@@ -103,24 +109,30 @@ def stays_float(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "out in"]:
-    """Return a dense layer's weight as (O, I), whatever way it is stored; a view."""
+    """Return a layer's weight as (O, I), whatever way it is stored; a view where memory allows."""
     weight = module.get_parameter("weight").detach()
+    if is_conv(module):
+        return weight.flatten(1)
     return weight if isinstance(module, nn.Linear) or not is_linear(module) else weight.T
 
 
 def set_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
-    """Write a weight given as (O, I) into a dense layer."""
+    """Write a weight given as (O, I) into a layer."""
     with torch.no_grad():
-        weight_of(module).copy_(weight)
+        there = module.get_parameter("weight") if is_conv(module) else weight_of(module)
+        there.copy_(weight.reshape(there.shape))
 
 
-def find_sites(block: Block, skip: Callable[[str], bool], known: dict[Any, list[Site]] | None = None) -> list[Site]:
+def find_sites(
+    block: Block, skip: Callable[[str], bool], known: dict[Any, list[Site]] | None = None, *, convolutions: bool = False
+) -> list[Site]:
     """Find who shares an input in a block and who makes it.
 
     Args:
         block: The block, in float, with at least one batch of inputs.
         skip: Says which layers (by name in the block) stay in float.
         known: Findings by shape of block, read and extended: blocks alike are probed once.
+        convolutions: Whether convolutions make sites as well, each its own.
 
     Returns:
         The sites in order of execution.
@@ -130,7 +142,7 @@ def find_sites(block: Block, skip: Callable[[str], bool], known: dict[Any, list[
     if known is not None and signature in known:
         return [rebind(site, block) for site in known[signature]]
     trace = _Trace(block)
-    sites = trace.sites(skip)
+    sites = trace.sites(skip, convolutions=convolutions)
     if known is not None:
         known[signature] = [_outline(site) for site in sites]
     return sites
@@ -187,7 +199,7 @@ class _Trace:
             weight = getattr(module, "weight", None)
             if not name or not isinstance(weight, Tensor) or isinstance(module, nn.Embedding):
                 continue
-            if weight.ndim not in (1, 2):
+            if weight.ndim not in (1, 2) and not is_conv(module):
                 continue
             self.modules[name] = module
 
@@ -205,13 +217,13 @@ class _Trace:
             for handle in handles:
                 handle.remove()
 
-    def sites(self, skip: Callable[[str], bool]) -> list[Site]:
+    def sites(self, skip: Callable[[str], bool], *, convolutions: bool) -> list[Site]:
         groups: dict[Any, list[str]] = {}
         order = list(self.received)
+        found = []
         for name in order:
             if self.modules[name].weight.ndim == 2:
                 groups.setdefault(self._source(name, groups), []).append(name)
-        found = []
         for names in groups.values():
             partial = self._partial(names)
             counts = {len(container._modules) for container in partial.values()}  # as many outputs has a plain router
@@ -233,7 +245,11 @@ class _Trace:
                 self._find_producer(site, names, order)
                 site.partners = self._partners(site, groups)
             found.append(site)
-        return found
+        for name in order if convolutions else []:
+            conv = self.modules[name]
+            if is_conv(conv) and not stays_float(conv) and not skip(name):
+                found.append(Site(name, {name: conv}, {}, None, None, None, self.block))
+        return sorted(found, key=lambda site: order.index(next(iter(site.consumers))))
 
     def _partners(self, site: Site, groups: dict[Any, list[str]]) -> dict[str, nn.Module]:
         """Linears in the producer's own module that read its input and have as many outputs."""
