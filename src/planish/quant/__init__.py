@@ -21,6 +21,7 @@ from planish.quant.low_rank import LowRank
 from planish.quant.methods.awq import awq
 from planish.quant.methods.best import best
 from planish.quant.methods.duquant import duquant
+from planish.quant.methods.evol_q import Evolve, evol_q, evolve
 from planish.quant.methods.gptq import gptq
 from planish.quant.methods.rtn import rtn
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
@@ -36,6 +37,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "best": best,
     "duquant": duquant,
     "svdquant": svdquant,
+    "evol-q": evol_q,
 }
 """Presets by name; each can be called without arguments."""
 
@@ -46,6 +48,7 @@ __all__ = [
     "Decoder",
     "Dual",
     "Evaluation",
+    "Evolve",
     "Format",
     "Journal",
     "LowRank",
@@ -61,6 +64,8 @@ __all__ = [
     "compare",
     "duquant",
     "evaluate",
+    "evol_q",
+    "evolve",
     "export",
     "gptq",
     "inspect",
