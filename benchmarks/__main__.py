@@ -13,6 +13,7 @@ NAMES = (
     "quant",
     "cost",
     "search",
+    "evolve",
     "calibration",
     "tune",
     "quantiles",

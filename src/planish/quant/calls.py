@@ -66,4 +66,20 @@ def equal(a: Any, b: Any) -> bool:  # noqa: ANN401
     """Whether two values are tensors with the same values; NaN equals NaN."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
         return False
-    return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return a is b or bool(alike(a, b).all())
+
+
+def memory(x: Tensor) -> tuple[int, int, int]:
+    """What tells one tensor from another, whatever shape it is viewed in."""
+    return x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel()
+
+
+def alike(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors are equal, bit for bit; NaN (padded tokens of some models) equals NaN."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def row_set(x: Tensor) -> set[bytes]:
+    """Return the rows of a tensor as bytes."""
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu().view(torch.uint8).numpy()
+    return {row.tobytes() for row in rows}

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from planish.quant.calls import alike, memory, row_set
 from planish.quant.conv import is_conv
 from planish.quant.experts import Experts, visiting_all
 from planish.quant.moments import Moments
@@ -186,7 +187,7 @@ class _Trace:
         with self._recording():
             output = self._run()
         again = self._run()  # else nothing is folded on luck
-        self.deterministic = output.shape == again.shape and bool(_alike(output, again).all())
+        self.deterministic = output.shape == again.shape and bool(alike(output, again).all())
 
     def _run(self) -> Tensor:
         with visiting_all(self.block.module):
@@ -269,19 +270,19 @@ class _Trace:
             path = next((".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()), None)
             if path is not None:
                 container = self.block.module.get_submodule(path)
-                if isinstance(container, Experts) or _memory(self.received[name]) != _memory(self.received[names[0]]):
+                if isinstance(container, Experts) or memory(self.received[name]) != memory(self.received[names[0]]):
                     found[name] = container
         return found
 
     def _rows(self, name: str) -> set[bytes]:
         if name not in self.row_sets:
-            self.row_sets[name] = _row_set(self.received[name])
+            self.row_sets[name] = row_set(self.received[name])
         return self.row_sets[name]
 
     def _source(self, name: str, groups: dict[Any, list[str]]) -> Any:  # noqa: ANN401
         """What identifies a layer's input: its memory, or the earlier input whose rows these are (experts' tokens)."""
         x = self.received[name]
-        key = _memory(x)
+        key = memory(x)
         if key in groups or x.ndim != 2:
             return key
         for other, members in groups.items():
@@ -295,7 +296,7 @@ class _Trace:
         x = self.received[names[0]]
         for name in order:
             y = self.returned.get(name)
-            if y is not None and name not in names and y.shape[-1] == x.shape[-1] and _memory(y) == _memory(x):
+            if y is not None and name not in names and y.shape[-1] == x.shape[-1] and memory(y) == memory(x):
                 site.producer, site.producer_name = self.modules[name], name
                 return
         before = order[: order.index(names[0])]
@@ -384,7 +385,7 @@ class _Trace:
         if not seen or seen[0].numel() != reference.numel():
             return None
         now = seen[0].reshape(reference.shape)
-        twice, same = _alike(now, 2 * reference).all(0), _alike(now, reference).all(0)
+        twice, same = alike(now, 2 * reference).all(0), alike(now, reference).all(0)
         return twice & ~same if bool((twice | same).all()) else None
 
 
@@ -396,18 +397,3 @@ def _reads(module: nn.Module, width: int) -> bool:
     """Whether a module multiplies its input's channels by a matrix, so that a fold can be compensated in it."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and weight_of(module).shape[1] == width
-
-
-def _memory(x: Tensor) -> tuple[int, int, int]:
-    """What tells one tensor from another, whatever shape it is viewed in."""
-    return x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel()
-
-
-def _alike(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors are equal, bit for bit; NaN (padded tokens of some models) equals NaN."""
-    return (a == b) | (a.isnan() & b.isnan())
-
-
-def _row_set(x: Tensor) -> set[bytes]:
-    rows = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu().view(torch.uint8).numpy()
-    return {row.tobytes() for row in rows}

@@ -201,7 +201,7 @@ def test_the_scales_of_torch_fake_quantize_evolve_as_ours():
 def test_it_refines_after_any_method(method):
     errors = []
     tokens = [nets.ids(4, 9, seed=i) for i in range(4)]
-    for refine in (rtn().refine, Evolve(passes=1, cycles=15)):
+    for refine in (rtn().refine, Evolve(passes=2, cycles=20, mutation=0.03)):
         model = nets.Net()
         report = quantize(model, tokens, replace(method, refine=refine))
         assert isinstance(model.blocks[0].q, QLinear)

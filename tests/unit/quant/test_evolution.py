@@ -80,7 +80,9 @@ def test_equal_fitness_and_given_up_points_are_no_trouble():
     search = RegularizedTournament(torch.ones(2), fitness=1.0, population=3, tournament=2)
     search.tell(search.ask(4), [1.0, 1.0, math.inf, 1.0])
     assert search.best[1] == 1.0
-    with pytest.raises(ValueError, match=r"RegularizedTournament.tell: `fitnesses` must be 2 numbers; got \[nan, 1.0\]"):
+    with pytest.raises(
+        ValueError, match=r"RegularizedTournament.tell: `fitnesses` must be 2 numbers; got \[nan, 1.0\]"
+    ):
         search.tell(search.ask(2), [math.nan, 1.0])
 
 

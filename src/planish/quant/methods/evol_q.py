@@ -20,12 +20,14 @@ T                 ``temperature``                    > 0; 3.0
 ================  =================================  ===========================================
 
 Differs from the paper and its code. Steps are shares of a scale and follow success, because one absolute step is large
-for narrow channels and nothing for wide ones. Part of the calibration data is held out, and new scales are taken only
-where it agrees: the authors' program chooses among checkpoints by accuracy on the test set. All layers move, not only
-attention. What comes before the layers that move is not computed again, and a trial that loses on the first batches is
-given up. Inside `quantize` the judge is the block's own output, since no more than a block is in memory; `evolve` takes
-a whole quantized model and judges its outputs, as published. There is no bias correction of weights (their grid has
-integer zero points), no power-of-two factors, no logarithmic softmax. `published` gives the authors' settings.
+for narrow channels and nothing for wide ones; a trial changes a tenth of them. Codes stay and the grid stretches, which
+goes with any rounding; `codes="nearest"` rounds anew for every trial, as published. Part of the calibration data is
+held out, and new scales are taken only where it agrees: the authors' program chooses among checkpoints by accuracy on
+the test set. All layers move, not only attention. What comes before the layers that move is not computed again, and a
+trial that loses on the first batches is given up. Inside `quantize` the judge is the block's own output, since no more
+than a block is in memory; `evolve` takes a whole quantized model and judges its outputs, as published. There is no bias
+correction of weights (their grid has integer zero points), no power-of-two factors, no logarithmic softmax. `published`
+gives the authors' settings.
 
 When to use: last, after any method, when the network is small enough to be run hundreds of times and the bits are few.
 See ``docs/papers/evol_q.md``.
@@ -63,15 +65,16 @@ class Evolve:
     """Improve the scales of a rounded block by evolution: a refining step, and the settings of `evolve`.
 
     Args:
-        loss: What outputs are judged by: "mse" (default), "infonce", "kl" (only where outputs are predictions),
-            "cosine", or a function of quantized and float outputs, (rows, channels) both.
+        loss: What outputs are judged by: "mse" (default; of a block's output), "kl" (where outputs are predictions, and
+            then the one to take), "infonce" (as published; it does not see the size of outputs, and does not only
+            ask for agreement), "cosine", or a function of quantized and float outputs, (rows, channels) both.
         passes: How often all layers are visited; default 2.
         cycles: Trials in a visit; default 30.
         population: See `RegularizedTournament`; default 15.
         tournament: See `RegularizedTournament`; default 10.
-        mutation: Largest change of a scale; default 0.02.
+        mutation: Largest change of a scale, at first where `adapt` is on; default 0.1.
         relative: As a share of the scale (default), else in its own units.
-        share: Share of the scales that change in a trial, in (0, 1]; default 1.
+        share: Share of the scales that change in a trial, in (0, 1]; default 0.1.
         adapt: Let the size of changes follow success. Default True.
         scope: "all" (default), "attention", or a function of a layer's name and the layer.
         order: "reverse" (default: the last layers first) or "forward".
@@ -99,9 +102,9 @@ class Evolve:
     cycles: int = 30
     population: int = 15
     tournament: int = 10
-    mutation: float = 0.02
+    mutation: float = 0.1
     relative: bool = True
-    share: float = 1.0
+    share: float = 0.1
     adapt: bool = True
     scope: Scope = "all"
     order: str = "reverse"
@@ -134,9 +137,9 @@ class Evolve:
             raise bad("Evolve", "holdout", "a float in [0, 1)", self.holdout)
 
     @property
-    def sees_float(self) -> bool:
-        """Whether the step wants to see the float layers that were replaced."""
-        return self.codes == "nearest"
+    def sees_clean(self) -> bool:
+        """Whether the step wants to see the float block: it aims at what that gives."""
+        return True
 
     def __call__(self, block: Block, method: Method) -> None:
         """Improve the scales of a block's layers, judged by the block's output."""
@@ -145,9 +148,12 @@ class Evolve:
         if self.loss == "kl" and block.first is not None:
             raise bad(f"Evolve, block {block.name}", "loss", "another where outputs are no predictions", self.loss)
         layers = {name: layer for name, layer in block.finished.items() if isinstance(layer, QLinear)}
-        sources = (lambda name: block.floats[name]) if self.sees_float else None
+        if block.twin is None:
+            raise RuntimeError(f"Evolve, block {block.name}: the float block is not at hand")
+        targets, there = list(block.twin.run()), block.twin.module.get_submodule
+        sources = (lambda name: weight_of(there(name))) if self.codes == "nearest" else None
         objective = Objective(
-            block.module, lambda i: block.call(block.inputs[i], block.context[i]), block.targets, block.keep,
+            block.module, lambda i: block.call(block.inputs[i], block.context[i]), targets, block.keep,
             loss_of(self.loss, self.temperature), self.holdout,
         )  # fmt: skip
         self._improve(objective, layers, sources)
@@ -196,7 +202,7 @@ def published(*, bits: int = 4, seed: int = 0) -> Evolve:
         0.0001
     """
     return Evolve(
-        "infonce", passes=10, cycles=3, mutation=1e-4 if bits >= 8 else 1e-3, relative=False, adapt=False,
+        "infonce", passes=10, cycles=3, mutation=1e-4 if bits >= 8 else 1e-3, relative=False, share=1.0, adapt=False,
         scope="attention", codes="nearest", holdout=0.0, race=None, seed=seed,
     )  # fmt: skip
 
@@ -255,7 +261,7 @@ def evolve(
         targets = _targets(reference, data)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
         sources = None
-        if settings.sees_float:
+        if settings.codes == "nearest":
             if not isinstance(reference, nn.Module):
                 raise bad("evolve", "reference", "the float model where codes are 'nearest'", "its outputs")
             sources = lambda name: weight_of(reference.get_submodule(name))  # noqa: E731
@@ -356,7 +362,7 @@ def evol_q(
         ragged: Allow a shorter last group.
         scale_dtype: See `planish.quant.Affine`.
         act_bits: Bits of an activation, a row at a time; 8 in the paper. Default None, float.
-        refine: The evolution; default `Evolve(codes="nearest")`.
+        refine: The evolution; default `Evolve()`.
 
     Returns:
         The method.
@@ -366,8 +372,8 @@ def evol_q(
 
     Example:
         >>> evol_q(bits=3).refine.codes
-        'nearest'
+        'fixed'
     """
     grid = Affine(bits, group_size, symmetric, ragged, scale_dtype)
     act = None if act_bits is None else Affine(act_bits, None)
-    return Method("evol-q", grid, act, round=ClipWeight(), refine=refine or Evolve(codes="nearest"), convolutions=True)
+    return Method("evol-q", grid, act, round=ClipWeight(), refine=refine or Evolve(), convolutions=True)
