@@ -14,6 +14,7 @@ from planish.quant.formats import Affine
 from planish.quant.low_rank import LowRank
 from planish.quant.methods.awq import LocalScale
 from planish.quant.methods.duquant import DuRotate
+from planish.quant.methods.evol_q import ClipWeight, Evolve
 from planish.quant.methods.gptq import Compensate
 from planish.quant.methods.smoothquant_plus import Smooth
 from planish.quant.methods.svdquant import SearchSmooth
@@ -67,16 +68,21 @@ def error(net, method):
     return ((twin(held) - model(held)).square().mean() / model(held).square().mean()).item(), report
 
 
+PRESET_GRIDS = {"duquant": Affine(4, None, clip=0.8), "evol-q": Affine(4, None)}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_preset_runs_without_arguments_and_says_what_it_is(name):
     method = METHODS[name]()
     assert method.name == name and method.weight == GRIDS.get(name, Affine(4, 128))
+    assert method.name == name and method.weight == PRESET_GRIDS.get(name, Affine(4, 128))
     assert repr(method) == repr(METHODS[name]()) and "0x" not in repr(method)
     names = {
         "Affine": Affine, "Smooth": Smooth, "SearchAlpha": SearchAlpha, "Nearest": Nearest, "Clip": Clip,
         "Compensate": Compensate, "LocalScale": LocalScale, "ClipOutput": ClipOutput,
         "DuRotate": DuRotate,
         "LowRank": LowRank, "SearchSmooth": SearchSmooth,
+        "DuRotate": DuRotate, "Evolve": Evolve, "ClipWeight": ClipWeight,
     }  # fmt: skip
     text = repr(method).removeprefix(name)
     steps = {"plan": no_plan, "transform": no_transform, "refine": no_refine}
