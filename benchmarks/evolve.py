@@ -202,16 +202,16 @@ def _published(model: nn.Module, base: nn.Module, x: list[Tensor], y: list[Tenso
 SUBJECTS: dict[str, Search | None] = {
     "start": None,
     "Evol-Q": _ours(),
-    "Evol-Q, codes follow": _ours(codes="nearest"),
-    "Evol-Q, infoNCE": _ours(loss="infonce"),
-    "Evol-Q, MSE": _ours(loss="mse"),
-    "Evol-Q, cosine": _ours(loss="cosine"),
+    "Evol-Q (codes follow)": _ours(codes="nearest"),
+    "Evol-Q (infoNCE)": _ours(loss="infonce"),
+    "Evol-Q (MSE)": _ours(loss="mse"),
+    "Evol-Q (cosine)": _ours(loss="cosine"),
     "Evol-Q as published": _published,
     "random search": _rival(lambda start, loss, seed: RandomSearch(start, seed)),
     "(1+1)-ES": _rival(OnePlusOne),
     "CMA-ES": _rival(lambda start, loss, seed: Cma(start, seed), once=True),
     "Adam on scales": lambda m, b, x, y, key, seed: descend(m, b, x, y, BUDGET[key], "fixed"),
-    "Adam on scales, codes follow": lambda m, b, x, y, key, seed: descend(m, b, x, y, BUDGET[key], "nearest"),
+    "Adam on scales (codes follow)": lambda m, b, x, y, key, seed: descend(m, b, x, y, BUDGET[key], "nearest"),
     "evol_q() inside quantize": None,
 }
 
