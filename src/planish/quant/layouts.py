@@ -11,9 +11,8 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from planish._support import CheckpointError
-from planish.quant.formats import FP4, SCALE_DTYPES, Affine, QTensor
 from planish.quant.conv import QConv
-from planish.quant.formats import SCALE_DTYPES, Affine, QTensor
+from planish.quant.formats import FP4, SCALE_DTYPES, Affine, QTensor
 from planish.quant.layers import QLinear
 from planish.quant.packing import pack, unpack
 

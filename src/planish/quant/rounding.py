@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from planish._support import bad
-from planish.quant.formats import Affine, Format, Limits, QTensor, affine
 from planish.quant.conv import in_place_of
-from planish.quant.formats import Affine, Limits, QTensor
+from planish.quant.formats import Affine, Format, Limits, QTensor, affine
 from planish.quant.layers import QLinear
 from planish.quant.moments import gram
 from planish.quant.sites import Site
@@ -30,7 +29,8 @@ def layer_of(site: Site, name: str, weight: QTensor, method: "Method") -> QLinea
     """Make the quantized layer of one of a site's consumers."""
     bias = getattr(site.consumers[name], "bias", None)
     act = act_of(site, method)
-    return QLinear.of(weight, None if bias is None else bias.detach(), transform=site.online, act=act)
+    layer = QLinear.of(weight, None if bias is None else bias.detach(), transform=site.online, act=act)
+    return in_place_of(site.consumers[name], layer)
 
 
 def act_of(site: Site, method: "Method") -> Format | None:
@@ -42,8 +42,6 @@ def act_of(site: Site, method: "Method") -> Format | None:
 def without_sign(act: Format | None) -> Format | None:
     """Return an integer grid with a zero point of its own in every group; any other as it is."""
     return replace(act, symmetric=False) if isinstance(act, Affine) else act
-    layer = QLinear.of(weight, None if bias is None else bias.detach(), transform=site.online, act=method.act)
-    return in_place_of(site.consumers[name], layer)
 
 
 @dataclass(frozen=True)
