@@ -23,6 +23,7 @@ from planish.quant.methods.best import best
 from planish.quant.methods.duquant import duquant
 from planish.quant.methods.evol_q import Evolve, evol_q, evolve
 from planish.quant.methods.gptq import gptq
+from planish.quant.methods.nipq import nipq
 from planish.quant.methods.rtn import rtn
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
 from planish.quant.methods.svdquant import svdquant
@@ -34,6 +35,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "awq": awq,
     "gptq": gptq,
     "smoothquant+": smoothquant_plus,
+    "nipq": nipq,
     "best": best,
     "duquant": duquant,
     "svdquant": svdquant,
@@ -70,6 +72,7 @@ __all__ = [
     "gptq",
     "inspect",
     "load",
+    "nipq",
     "open_model",
     "quantize",
     "round_kept",
