@@ -128,15 +128,18 @@ class Budget:
         Raises:
             ValueError: No width does.
         """
+        entering = {id(part.inputs) for part in self.parts.values()}
+
+        def at(bits: float) -> float:  # inputs stay where they begin
+            return float(self.spent(goal, lambda w: w.value.detach() if id(w) in entering else _exact(bits)))
+
         low, high = float(LEAST), float(MOST)
-        least, most = (float(self.spent(goal, lambda _, b=b: torch.tensor(b))) for b in (low, high))  # type: ignore[misc]
-        if not least <= goal.target <= most:
+        if not at(low) <= goal.target <= at(high):
             name = {"bytes": "size"}.get(goal.kind, goal.kind)
-            raise bad("attach", name, f"from {least:g} ({LEAST} bits) to {most:g} ({MOST} bits)", goal.target)
+            raise bad("attach", name, f"from {at(low):g} ({LEAST} bits) to {at(high):g} ({MOST} bits)", goal.target)
         for _ in range(50):
             middle = (low + high) / 2
-            below = float(self.spent(goal, lambda _, b=middle: torch.tensor(b))) < goal.target  # type: ignore[misc]
-            low, high = (middle, high) if below else (low, middle)
+            low, high = (middle, high) if at(middle) < goal.target else (low, middle)
         return (low + high) / 2
 
     @torch.no_grad()
@@ -151,15 +154,17 @@ class Budget:
         """
         for goal in self.goals:
             widths = self._widths(goal)
-            values = {id(w): torch.tensor(float(w.value)) for w in widths}
+            if not any(width.learning for width in widths):
+                continue
+            values = {id(w): _exact(w.value.item()) for w in widths}
             with torch.enable_grad():
                 leaves = [values[id(w)].requires_grad_() for w in widths]
                 amounts = [
                     float(a)
                     for a in torch.autograd.grad(self.spent(goal, lambda w, v=values: v[id(w)]), leaves)  # type: ignore[misc]
                 ]
-            sensitivity = [a * 4.0 ** float(v) for a, v in zip(amounts, leaves, strict=True)]
-            least = float(self.spent(goal, lambda _: torch.tensor(float(min(menu)))))
+            sensitivity = [a * 4.0 ** v.item() for a, v in zip(amounts, leaves, strict=True)]
+            least = float(self.spent(goal, lambda _: _exact(min(menu))))
             if least > goal.target * (1 + 1e-6):
                 raise bad("freeze", "widths", f"widths whose least costs at most {goal.target:g}", tuple(menu))
             if goal.kind == "bops":  # the price of a bit of the weight depends on the input's
@@ -167,7 +172,7 @@ class Budget:
 
                 def price(i: int, _now: int, then: int, bits: Sequence[int], goal: Goal = goal) -> float:
                     def cost(bits: Sequence[int]) -> float:
-                        return float(self.spent(goal, lambda w: torch.tensor(float(bits[place[id(w)]]))))  # noqa: B023
+                        return float(self.spent(goal, lambda w: _exact(bits[place[id(w)]])))  # noqa: B023
 
                     return cost([*bits[:i], then, *bits[i + 1 :]]) - cost(bits)
 
@@ -186,6 +191,10 @@ class Budget:
             concerned += [part.inputs] if goal.kind == "bops" else []
             found |= {id(w): w for w in concerned if w is not None}
         return list(found.values())
+
+
+def _exact(bits: float) -> Tensor:
+    return torch.tensor(float(bits), dtype=torch.float64)
 
 
 def read_goals(

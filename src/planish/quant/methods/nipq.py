@@ -203,7 +203,7 @@ def widths(model: nn.Module) -> dict[str, tuple[float, float | None]]:
         {'0': (3.0, None)}
     """
     parts = _budget(model, "widths").parts.items()
-    return {n: (float(p.weight.value), None if p.inputs is None else float(p.inputs.value)) for n, p in parts}
+    return {n: (p.weight.value.item(), None if p.inputs is None else p.inputs.value.item()) for n, p in parts}
 
 
 def param_groups(
@@ -278,7 +278,7 @@ def freeze(model: nn.Module, batches: Iterable[Any] | None = None, *, widths: Se
             proxy.noisy = False
     if batches is not None:
         renew_norms(model, batches)
-    return {name: int(part.weight.value) for name, part in budget.parts.items()}
+    return {name: int(part.weight.whole) for name, part in budget.parts.items()}
 
 
 def learned(model: nn.Module, *, inputs: str | None = None) -> Method:
@@ -325,8 +325,8 @@ def learned(model: nn.Module, *, inputs: str | None = None) -> Method:
         take_off(layer, keep_rounded=not isinstance(layer, nn.Linear))
     del model.__dict__[_BUDGET], model._buffers[MULTIPLIER]
     digest = hashlib.sha256(b"".join(s.cpu().float().numpy().tobytes() for s in scales.values())).hexdigest()[:16]
-    bits = {name: int(budget.parts[name].weight.value) for name in scales}
-    acts = {n: int(p.value) for n in scales if (p := budget.parts[n].inputs) is not None and inputs == "token"}
+    bits = {name: int(budget.parts[name].weight.whole) for name in scales}
+    acts = {n: int(p.whole) for n in scales if (p := budget.parts[n].inputs) is not None and inputs == "token"}
     most = max(bits.values(), key=list(bits.values()).count, default=4)
     rounding = Learned(tuple(bits.items()), tuple(acts.items()), digest, scales)
     return Method("nipq", replace(budget.grid, bits=most), round=rounding)
