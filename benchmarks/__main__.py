@@ -23,6 +23,7 @@ NAMES = (
     "sqrtm",
     "hardness",
     "choquard",
+    "noise",
     "serve",
     "load",
     "kernels",

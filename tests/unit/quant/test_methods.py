@@ -18,6 +18,7 @@ from planish.quant.methods.evol_q import ClipWeight, Evolve
 from planish.quant.methods.gptq import Compensate
 from planish.quant.methods.smoothquant_plus import Smooth
 from planish.quant.methods.svdquant import SearchSmooth
+from planish.quant.mixed import SearchBits
 from planish.quant.plans import SearchAlpha
 from planish.quant.rounding import Clip, ClipOutput, Nearest
 
@@ -79,6 +80,7 @@ def test_every_preset_runs_without_arguments_and_says_what_it_is(name):
         "Compensate": Compensate, "LocalScale": LocalScale, "ClipOutput": ClipOutput,
         "LowRank": LowRank, "SearchSmooth": SearchSmooth,
         "DuRotate": DuRotate, "Evolve": Evolve, "ClipWeight": ClipWeight,
+        "Compensate": Compensate, "LocalScale": LocalScale, "ClipOutput": ClipOutput, "SearchBits": SearchBits,
     }  # fmt: skip
     text = repr(method).removeprefix(name)
     steps = {"plan": no_plan, "transform": no_transform, "refine": no_refine}
