@@ -168,15 +168,13 @@ class Budget:
             if least > goal.target * (1 + 1e-6):
                 raise bad("freeze", "widths", f"widths whose least costs at most {goal.target:g}", tuple(menu))
             if goal.kind == "bops":  # the price of a bit of the weight depends on the input's
-                place = {id(w): i for i, w in enumerate(widths)}
+                place = {id(width): i for i, width in enumerate(widths)}
+                terms = [(p.products, place[id(p.weight)], place.get(id(p.inputs))) for p in self.parts.values()]
 
-                def price(i: int, _now: int, then: int, bits: Sequence[int], goal: Goal = goal) -> float:
-                    def cost(bits: Sequence[int]) -> float:
-                        return float(self.spent(goal, lambda w: _exact(bits[place[id(w)]])))  # noqa: B023
+                def cost(bits: Sequence[int], terms: list[tuple[int, int, int | None]] = terms) -> float:
+                    return sum(float(n * bits[w] * (FLOAT_BITS if a is None else bits[a])) for n, w, a in terms)
 
-                    return cost([*bits[:i], then, *bits[i + 1 :]]) - cost(bits)
-
-                found = allocate(sensitivity, amounts, goal.target - least, menu, price=price)
+                found = allocate(sensitivity, amounts, goal.target, menu, cost=cost)
             else:
                 fixed = least - sum(amounts) * min(menu)
                 found = allocate(sensitivity, amounts, goal.target - fixed, menu)

@@ -39,20 +39,19 @@ def allocate(
     target: float,
     widths: Sequence[int] = WIDTHS,
     *,
-    price: Callable[[int, int, int, Sequence[int]], float] | None = None,
+    cost: Callable[[Sequence[int]], float] | None = None,
 ) -> list[int]:
     """Choose the widths that lose least among those that stay within a budget.
 
     What part i loses at b bits is sensitivity[i] * 4^-b. Starting from the least width, the step up that gains most for
-    its price is taken until none fits.
+    its price is taken until none fits. Then a step up is exchanged for steps down elsewhere as long as that gains.
 
     Args:
         sensitivity: Loss of every part at 0 bits, at least 0.
         amount: Price of a bit of every part, above 0: its number of weights, say.
-        target: Budget for the sum of amount * width.
+        target: Budget for the sum of amount * width, or for `cost`.
         widths: What a part may have, integers from 2 to 8. Default 2, 3, 4, 5, 6, 8.
-        price: Price of raising part i from one width to the next given all widths, where it is not
-            amount * difference; `target` then is above the price of the least widths everywhere.
+        cost: What widths cost together, where it is not the sum of amount * width.
 
     Returns:
         A width for every part.
@@ -67,24 +66,57 @@ def allocate(
     menu = check_widths("allocate", widths)
     if len(sensitivity) != len(amount) or min(amount, default=0) <= 0 or min(sensitivity, default=-1) < 0:
         raise bad("allocate", "sensitivity", "numbers of at least 0, one for every amount above 0", list(sensitivity))
+    budget = target * (1 + 1e-9)
     level = [0] * len(amount)
-    spent = 0.0 if price is not None else float(sum(a * menu[0] for a in amount))
-    if spent > target * (1 + 1e-9):
+    spent = sum(a * menu[0] for a in amount) if cost is None else cost([menu[0]] * len(amount))
+    if spent > budget:
         raise bad("allocate", "target", f"at least {spent:g}, the price of {menu[0]} bits everywhere", target)
-    while True:
-        best, best_gain, best_price = None, -1.0, 0.0
-        for i, at in enumerate(level):
-            if at + 1 == len(menu):
+
+    def move(at: list[int], i: int, to: int) -> tuple[float, float]:
+        """Return what moving part i to another level costs, and what it gains."""
+        gain = sensitivity[i] * (4.0 ** -menu[at[i]] - 4.0 ** -menu[to])
+        if cost is None:
+            return amount[i] * (menu[to] - menu[at[i]]), gain
+        now = [menu[k] for k in at]
+        return cost([*now[:i], menu[to], *now[i + 1 :]]) - cost(now), gain
+
+    def climb(at: list[int], spent: float) -> float:
+        while True:
+            best, best_paid, best_rate = None, 0.0, -1.0
+            for i, k in enumerate(at):
+                if k + 1 == len(menu):
+                    continue
+                paid, gain = move(at, i, k + 1)
+                if spent + paid <= budget and gain / paid > best_rate:
+                    best, best_paid, best_rate = i, paid, gain / paid
+            if best is None:
+                return spent
+            at[best] += 1
+            spent += best_paid
+
+    spent = climb(level, spent)
+    improved = True
+    while improved:
+        improved = False
+        for i in range(len(level)):
+            if level[i] + 1 == len(menu):
                 continue
-            now, then = menu[at], menu[at + 1]
-            paid = amount[i] * (then - now) if price is None else price(i, now, then, [menu[j] for j in level])
-            gain = sensitivity[i] * (4.0**-now - 4.0**-then) / paid
-            if gain > best_gain and spent + paid <= target * (1 + 1e-9):
-                best, best_gain, best_price = i, gain, paid
-        if best is None:
-            return [menu[at] for at in level]
-        level[best] += 1
-        spent += best_price
+            trial, (paid, gain) = list(level), move(level, i, level[i] + 1)
+            trial[i] += 1
+            then = spent + paid
+            while then > budget:
+                downs = [(move(trial, j, k - 1), j) for j, k in enumerate(trial) if j != i and k > 0]
+                if not downs:
+                    break
+                (saved, lost), j = max(downs, key=lambda d: d[0][1] / -d[0][0])  # the least loss for what it saves
+                trial[j], then, gain = trial[j] - 1, then + saved, gain + lost
+            if then <= budget:
+                before = [menu[k] for k in trial]
+                then = climb(trial, then)
+                gain += sum(s * (4.0**-b - 4.0 ** -menu[k]) for s, b, k in zip(sensitivity, before, trial, strict=True))
+                if gain > 1e-12 * sum(sensitivity):
+                    level, spent, improved = trial, then, True
+    return [menu[at] for at in level]
 
 
 @dataclass(frozen=True)
