@@ -13,12 +13,12 @@ from planish._support import bad
 from planish.quant.budget import Part
 from planish.quant.formats import Affine
 from planish.quant.noise import NoiseProxy, best_alpha
+from planish.quant.sites import stays_float
 from planish.quant.stream import call_model, find_stacks
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Call = tuple[Tensor, Tensor]
 """What entered a layer and what left it."""
-_FEWEST_OUTPUTS = 16
 _INPUT = "input_proxy"
 
 
@@ -36,8 +36,7 @@ def rounded_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module
                 name = ".".join(part for part in (prefix, inner) if part)
                 if any(fnmatchcase(name, p) or name.endswith("." + p) for p in skip):
                     continue
-                wide = isinstance(module, nn.Linear) and module.weight.shape[0] >= _FEWEST_OUTPUTS
-                if wide or isinstance(module, CONVOLUTIONS):
+                if isinstance(module, CONVOLUTIONS) or (isinstance(module, nn.Linear) and not stays_float(module)):
                     found[name] = module
     return found
 
@@ -117,12 +116,9 @@ def proxy_of(layer: nn.Module) -> NoiseProxy:
     return cast(NoiseProxy, layer.parametrizations.weight[0])  # type: ignore[union-attr, index]
 
 
-def take_off(layer: nn.Module, *, keep_rounded: bool = False) -> None:
-    """Remove a layer's proxies; its weight becomes the trained one, or the rounded one."""
-    mode = layer.training
-    layer.eval()  # else what is kept would be noised
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_rounded)
-    layer.train(mode)
+def take_off(layer: nn.Module) -> None:
+    """Remove a layer's proxies; its weight becomes the trained one."""
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     if hasattr(layer, _INPUT):
         delattr(layer, _INPUT)
         hooks = layer._forward_pre_hooks

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from planish.quant import Journal, inspect, load, nipq, quantize, rtn, save
+from planish.quant.conv import QConv
 from planish.quant.engine import Walk
 from planish.quant.methods.nipq import attach, cost, freeze, learned, param_groups, widths
 from planish.quant.mixed import Learned, Mixed, SearchBits, allocate
@@ -137,6 +138,25 @@ def test_convolutions_inputs_and_norms():
     assert len(weight.unique()) <= 7 and model.head.act.bits == 4 and model.head.format.bits == 3
     assert not hasattr(model.body[3], "input_proxy") and not model.body[3]._forward_pre_hooks
     assert "Learned(widths=(('head', 3),)" in report.method
+
+
+def test_convolutions_of_two_dimensions_become_quantized_ones(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.ReLU()
+        ).eval()
+
+    model, x = make(), torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    attach(model, x, bits=3.5, per_tensor=True)
+    model[2].parametrizations.weight[0].width.start(4.2)
+    bits, before = freeze(model), model(x)
+    quantize(model, [x], method := learned(model))
+    assert method.convolutions and [type(model[i]) for i in (0, 2)] == [QConv, QConv]
+    assert {"0": model[0].format.bits, "2": model[2].format.bits} == bits
+    torch.testing.assert_close(model(x), before)
+    save(model, tmp_path / "a")
+    assert torch.equal(load(tmp_path / "a", into=make())(x), model(x))
 
 
 def test_what_was_learned_survives_a_checkpoint(tmp_path):

@@ -39,13 +39,14 @@ Reference:
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from planish._support import bad
 from planish.quant.budget import Budget, Part, read_goals
+from planish.quant.conv import is_conv
 from planish.quant.engine import Method
 from planish.quant.experts import unfuse
 from planish.quant.formats import SCALE_DTYPES, Affine
@@ -64,6 +65,7 @@ from planish.quant.proxies import (
     weight_in,
 )
 from planish.quant.rounding import Clip
+from planish.quant.sites import stays_float
 from planish.quant.stream import tensors_in
 
 _BUDGET, MULTIPLIER = "_noise_budget", "noise_multiplier"
@@ -284,14 +286,14 @@ def freeze(model: nn.Module, batches: Iterable[Any] | None = None, *, widths: Se
 def learned(model: nn.Module, *, inputs: str | None = None) -> Method:
     """Take the proxies off, in place, and return the method that rounds the model to what was trained.
 
-    `quantize(model, batches, learned(model))` then makes the layers. Convolutions have none to become: their weights
-    stay float tensors, with the rounded values.
+    `quantize(model, batches, learned(model))` then makes the layers. Convolutions that have none to become (of one or
+    three dimensions, or with fewer than 16 outputs) keep float tensors, with the rounded values.
 
     Args:
         model: What `attach` has seen; it is frozen first if it is not yet.
-        inputs: Where inputs were rounded too: "token" rounds them by the learned widths with ranges of each token, as
-            the library's layers do (the learned ranges are of the whole tensor, so outputs change); "float" leaves
-            them alone. Default None, for models whose inputs were not rounded.
+        inputs: Where inputs were rounded too: "token" rounds them by the learned widths with ranges of each token
+            (or image), as the library's layers do (the learned ranges are of the whole tensor, so outputs change);
+            "float" leaves them alone. Default None, for models whose inputs were not rounded.
 
     Returns:
         The method.
@@ -315,21 +317,27 @@ def learned(model: nn.Module, *, inputs: str | None = None) -> Method:
         raise bad("learned", "inputs", "'token', 'float' or None", inputs)
     if rounded_inputs and inputs is None:
         raise bad("learned", "inputs", "'token' or 'float', as this model's inputs were rounded", inputs)
-    if any(part.weight.learning for part in budget.parts.values()):
+    if any(isinstance(m, NoiseProxy) and m.noisy for m in model.modules()):
         freeze(model)
     scales: dict[str, Tensor] = {}
+    convolutions = False
     for name in budget.parts:
         layer = model.get_submodule(name)
-        if isinstance(layer, nn.Linear):
-            scales[name] = proxy_of(layer).steps(layer.out_features)
-        take_off(layer, keep_rounded=not isinstance(layer, nn.Linear))
+        made, values = proxy_of(layer), cast(Tensor, layer.weight).detach()
+        take_off(layer)
+        if isinstance(layer, nn.Linear) or (is_conv(layer) and not stays_float(layer)):
+            scales[name] = made.steps(len(values))
+            convolutions |= is_conv(layer)
+        else:
+            with torch.no_grad():
+                weight_in(layer).copy_(values)
     del model.__dict__[_BUDGET], model._buffers[MULTIPLIER]
     digest = hashlib.sha256(b"".join(s.cpu().float().numpy().tobytes() for s in scales.values())).hexdigest()[:16]
     bits = {name: int(budget.parts[name].weight.whole) for name in scales}
     acts = {n: int(p.whole) for n in scales if (p := budget.parts[n].inputs) is not None and inputs == "token"}
     most = max(bits.values(), key=list(bits.values()).count, default=4)
     rounding = Learned(tuple(bits.items()), tuple(acts.items()), digest, scales)
-    return Method("nipq", replace(budget.grid, bits=most), round=rounding)
+    return Method("nipq", replace(budget.grid, bits=most), round=rounding, convolutions=convolutions)
 
 
 def nipq(
