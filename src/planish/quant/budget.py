@@ -104,7 +104,7 @@ class Budget:
                 multiplier[number] = (multiplier[number] + self.rate * gap.detach()).clamp(min=0)
         return total
 
-    def start(self, goals: Sequence[Goal], act_bits: float | None) -> None:
+    def start(self, goals: Sequence[Goal], act_bits: float | int | None) -> None:
         """Let every width start where the budget is met by one width for all.
 
         Raises:
@@ -112,7 +112,7 @@ class Budget:
         """
         edge = 0.02  # a learned width cannot start at the very end of its range
 
-        def begin(chosen: Iterable[Width | None], bits: float) -> None:
+        def begin(chosen: Iterable[Width | None], bits: float | int) -> None:
             for width in chosen:
                 if width is not None:
                     width.start(min(max(bits, LEAST + edge), MOST - edge) if width.raw is not None else bits)
@@ -191,12 +191,17 @@ class Budget:
         return list(found.values())
 
 
-def _exact(bits: float) -> Tensor:
+def _exact(bits: float | int) -> Tensor:
     return torch.tensor(float(bits), dtype=torch.float64)
 
 
 def read_goals(
-    bits: float | None, size: float | None, bops: float | None, act_bits: float | None, *, learn: bool
+    bits: float | int | None,
+    size: float | int | None,
+    bops: float | int | None,
+    act_bits: float | int | None,
+    *,
+    learn: bool,
 ) -> list[Goal]:
     """Read the budget: one goal for the weights, one for the inputs where they have their own."""
     asked = {"bits": bits, "bytes": size, "bops": bops}

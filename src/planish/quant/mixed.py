@@ -34,12 +34,12 @@ def check_widths(where: str, widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def allocate(
-    sensitivity: Sequence[float],
-    amount: Sequence[float],
-    target: float,
+    sensitivity: Sequence[float | int],
+    amount: Sequence[float | int],
+    target: float | int,
     widths: Sequence[int] = WIDTHS,
     *,
-    cost: Callable[[Sequence[int]], float] | None = None,
+    cost: Callable[[Sequence[int]], float | int] | None = None,
 ) -> list[int]:
     """Choose the widths that lose least among those that stay within a budget.
 
@@ -72,7 +72,7 @@ def allocate(
     if spent > budget:
         raise bad("allocate", "target", f"at least {spent:g}, the price of {menu[0]} bits everywhere", target)
 
-    def move(at: list[int], i: int, to: int) -> tuple[float, float]:
+    def move(at: list[int], i: int, to: int) -> tuple[float | int, float]:
         """Return what moving part i to another level costs, and what it gains."""
         gain = sensitivity[i] * (4.0 ** -menu[at[i]] - 4.0 ** -menu[to])
         if cost is None:
@@ -80,7 +80,7 @@ def allocate(
         now = [menu[k] for k in at]
         return cost([*now[:i], menu[to], *now[i + 1 :]]) - cost(now), gain
 
-    def climb(at: list[int], spent: float) -> float:
+    def climb(at: list[int], spent: float | int) -> float | int:
         while True:
             best, best_paid, best_rate = None, 0.0, -1.0
             for i, k in enumerate(at):
@@ -220,7 +220,7 @@ class SearchBits:
         (4, 8)
     """
 
-    bits: float | None = None
+    bits: float | int | None = None
     widths: tuple[int, ...] = WIDTHS
     objective: str | None = None
     tokens: int = 1024

@@ -203,13 +203,13 @@ class Width(nn.Module):
     raw: Tensor | None
     fixed: Tensor
 
-    def __init__(self, bits: float, *, learn: bool = False) -> None:
+    def __init__(self, bits: float | int, *, learn: bool = False) -> None:
         super().__init__()
         self.register_parameter("raw", nn.Parameter(torch.zeros(())) if learn else None)
         self.register_buffer("fixed", torch.zeros(()))  # 0 while it is learned
         self.start(bits)
 
-    def start(self, bits: float) -> None:
+    def start(self, bits: float | int) -> None:
         """Begin at a width, or stay there if it is not learned.
 
         Raises:
