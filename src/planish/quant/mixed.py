@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from planish._support import bad
 from planish.quant.candidates import OBJECTIVES, compare, loss
 from planish.quant.engine import Method, Walk, trial
-from planish.quant.formats import Affine, QTensor
+from planish.quant.formats import Affine, QTensor, affine
 from planish.quant.moments import measure
 from planish.quant.rounding import Nearest, layer_of
 from planish.quant.sites import Site
@@ -155,7 +155,7 @@ class Mixed:
     def __call__(self, site: Site, method: Method) -> dict[str, nn.Module]:
         """Round the site's weights."""
         bits = self.width_of(site.name, method.weight.bits)
-        return self.step(site, replace(method, weight=replace(method.weight, bits=bits)))
+        return self.step(site, replace(method, weight=replace(affine("Mixed", method.weight), bits=bits)))
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Learned:
             full = f"{site.block.name}.{name}" if site.block.name else name
             if full not in bits:
                 continue
-            grid = replace(method.weight, bits=bits[full])
+            grid = replace(affine("Learned", method.weight), bits=bits[full])
             scale = self.scales[full].to(weight.device)
             n = grid.middle - 1
             step = scale.to(torch.promote_types(weight.dtype, torch.float32))[..., None]

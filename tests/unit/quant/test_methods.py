@@ -77,7 +77,6 @@ def test_every_preset_runs_without_arguments_and_says_what_it_is(name):
     assert repr(method) == repr(METHODS[name]()) and "0x" not in repr(method)
     names = {
         "Affine": Affine, "Smooth": Smooth, "SearchAlpha": SearchAlpha, "Nearest": Nearest, "Clip": Clip,
-        "Compensate": Compensate, "LocalScale": LocalScale, "ClipOutput": ClipOutput,
         "LowRank": LowRank, "SearchSmooth": SearchSmooth,
         "DuRotate": DuRotate, "Evolve": Evolve, "ClipWeight": ClipWeight,
         "Compensate": Compensate, "LocalScale": LocalScale, "ClipOutput": ClipOutput, "SearchBits": SearchBits,

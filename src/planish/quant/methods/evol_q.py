@@ -50,7 +50,7 @@ from planish.quant.calls import moved_to, token_mask
 from planish.quant.engine import Method
 from planish.quant.evolution import RegularizedTournament
 from planish.quant.fitness import LOSSES, Loss, loss_of
-from planish.quant.formats import Affine
+from planish.quant.formats import Affine, affine
 from planish.quant.layers import QLinear
 from planish.quant.precision import Dense
 from planish.quant.refinement import AskTell, Objective, Refinement, refine
@@ -338,7 +338,7 @@ class ClipWeight:
         layers: dict[str, nn.Module] = {}
         for name, weight in site.weights.items():
             alike = weight.new_ones(weight.shape[1])
-            limits = best_limits(weight, method.weight, alike, self.steps, self.least)
+            limits = best_limits(weight, affine("ClipWeight", method.weight), alike, self.steps, self.least)
             layers[name] = layer_of(site, name, method.weight.encode(weight, limits=limits), method)
         return layers
 
