@@ -35,7 +35,13 @@ class Size:
     names: tuple[str, ...] | None = None
 
 
-FULL = Size((16, 512), (32, 512))
+NAMES = (
+    "rtn", "smoothing", "hadamard", "hadamard, clipped", "smoothing + hadamard, clipped", "duquant",
+    "duquant + branch of rank 16", "duquant + gptq",
+)  # fmt: skip
+"""What a full run takes; variants run by name, with --only."""
+
+FULL = Size((16, 512), (32, 512), NAMES)
 QUICK = Size((2, 64), (2, 64), ("rtn", "hadamard", "duquant"))
 
 
