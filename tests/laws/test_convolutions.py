@@ -9,7 +9,7 @@ from torch import nn
 
 from planish.quant import QConv, QLinear, gptq, load, quantize, rtn, save
 from planish.quant.conv import patches
-from planish.quant.formats import Affine
+from planish.quant.formats import FP4, Affine
 from planish.quant.journal import Journal
 from planish.quant.rounding import Clip
 from planish.quant.sites import set_weight, weight_of
@@ -116,6 +116,13 @@ def test_an_image_shares_one_scale_of_activations():
     torch.testing.assert_close(q(x), q.dequantize()(rounded))
     with pytest.raises(ValueError, match=r"QConv: `act` must be a format without groups"):
         QConv(QLinear.of(Affine(8, None).encode(weight_of(conv)), act=Affine(8, 4)), conv)
+
+
+def test_four_bit_floats_serve_too():
+    conv, x = nn.Conv2d(16, 16, 3, padding=1), torch.randn(2, 16, 5, 5)
+    q = QConv(QLinear.of(FP4().encode(weight_of(conv)), conv.bias), conv)
+    torch.testing.assert_close(q.dequantize()(x), q(x))
+    assert (q(x) - conv(x)).abs().max() < 0.3 * conv(x).abs().max()
 
 
 def test_bad_layers_are_refused():

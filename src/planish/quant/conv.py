@@ -81,7 +81,7 @@ class QConv(QLinear):
         if (layer.in_features, layer.out_features) != (columns, conv.out_channels):
             sizes = layer.in_features, layer.out_features
             raise bad("QConv", "layer", f"{columns} -> {conv.out_channels}", f"{sizes[0]} -> {sizes[1]}")
-        if layer.transform is not None or layer.down is not None:
+        if layer.transform is not None or layer.down is not None or layer.loras:
             raise bad("QConv", "layer", "one without transform and float branch", "one with")
         if layer.act is not None and getattr(layer.act, "group_size", None) is not None:
             raise bad("QConv", "act", "a format without groups: an image shares one scale", layer.act)
@@ -109,7 +109,8 @@ class QConv(QLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Conv2d:  # type: ignore[override]
         """Return the `nn.Conv2d` that this layer equals when `act` is None, in `dtype` at the least."""
-        weight = self._matrix(torch.promote_types(self.weight_scale.dtype, dtype))
+        exact = self.weight.decode().dtype
+        weight = self._matrix(torch.promote_types(exact, dtype))
         conv = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,  # type: ignore[arg-type]
             self.groups, bias=self.bias is not None, padding_mode=cast(Any, self.padding_mode), device="meta",

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from planish._support import bad
+from planish.quant.formats import Affine
 from planish.quant.layers import QLinear
 from planish.quant.packing import pack
 
@@ -68,9 +69,13 @@ def of_layer(
         source: The weight in float that was rounded to nearest: codes follow the scales. None keeps the codes.
 
     Raises:
-        ValueError: Rounding `source` to nearest does not give the layer's codes.
+        ValueError: The layer's format is not `Affine`, or rounding `source` to nearest does not give its codes.
     """
     form, quantized = layer.format, layer.weight
+    if not isinstance(form, Affine):
+        raise bad(
+            f"Evolve, `{name}`", "format", "an Affine format: a grid of floats has scales too coarse to move", form
+        )
     work = torch.promote_types(layer.weight_scale.dtype, torch.float32)
     zero = torch.full_like(layer.weight_scale, form.middle) if quantized.zero is None else quantized.zero
     zero = zero.to(work)[..., None]
@@ -96,7 +101,7 @@ def of_layer(
     def show(value: Tensor) -> None:
         if stand_in is None:
             return keep(value)
-        if layer.transform is not None or layer.down is not None:
+        if layer.transform is not None or layer.down is not None or layer.loras:
             keep(value)
             dense = layer.dequantize()
             _write(stand_in, "weight", dense.weight)

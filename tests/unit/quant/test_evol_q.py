@@ -10,9 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from planish.quant import Evolve, Journal, QLinear, evol_q, evolve, gptq, quantize, rtn, search, smoothquant_plus
+from planish.quant import (
+    Evolve,
+    Journal,
+    QLinear,
+    evol_q,
+    evolve,
+    gptq,
+    quantize,
+    rtn,
+    search,
+    smoothquant_plus,
+    svdquant,
+)  # fmt: skip
 from planish.quant.evolution import RegularizedTournament
-from planish.quant.formats import Affine
+from planish.quant.formats import FP4, Affine
 from planish.quant.methods.evol_q import ClipWeight, published
 from planish.quant.plans import SearchAlpha
 
@@ -196,6 +208,7 @@ def test_the_scales_of_torch_fake_quantize_evolve_as_ours():
 @pytest.mark.parametrize("method", [
     smoothquant_plus(0.5, bits=2, group_size=16), gptq(bits=2, group_size=None),
     rtn(bits=2, group_size=None, symmetric=True), evol_q(bits=2, refine=QUICK),
+    svdquant(bits=2, act_bits=None, group_size=16, rank=2),
     replace(rtn(bits=2, group_size=None), act=Affine(8, None)),
 ], ids=lambda m: m.name)  # fmt: skip
 def test_it_refines_after_any_method(method):
@@ -354,6 +367,13 @@ def test_codes_cannot_follow_what_was_not_rounded_to_nearest():
         evolve(model, data(), base, replace(QUICK, codes="nearest"))
     with pytest.raises(ValueError, match=r"Evolve, `.*`: `codes` must be 'fixed'"):
         quantize(nets.mlp(), data(), replace(gptq(bits=2, group_size=None), refine=replace(QUICK, codes="nearest")))
+
+
+def test_grids_of_floats_are_refused():
+    with pytest.raises(ValueError, match=r"Evolve, `.*`: `format` must be an Affine format"):
+        quantize(nets.mlp(), data(), replace(rtn(), weight=FP4(), refine=QUICK))
+    with pytest.raises(ValueError, match=r"ClipWeight: `weight` must be a grid of integers"):
+        quantize(nets.mlp(), data(), replace(evol_q(), weight=FP4()))
 
 
 def test_predictions_cannot_be_judged_inside_a_model():

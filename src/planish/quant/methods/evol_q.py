@@ -336,10 +336,11 @@ class ClipWeight:
     def __call__(self, site: Site, method: Method) -> dict[str, nn.Module]:
         """Round the site's weights."""
         layers: dict[str, nn.Module] = {}
+        grid = affine("ClipWeight", method.weight)
         for name, weight in site.weights.items():
             alike = weight.new_ones(weight.shape[1])
-            limits = best_limits(weight, affine("ClipWeight", method.weight), alike, self.steps, self.least)
-            layers[name] = layer_of(site, name, method.weight.encode(weight, limits=limits), method)
+            limits = best_limits(weight, grid, alike, self.steps, self.least)
+            layers[name] = layer_of(site, name, grid.encode(weight, limits=limits), method)
         return layers
 
 
