@@ -137,7 +137,7 @@ def test_damaged_descriptions_are_refused(tmp_path, plugin):
         (lambda q: q.update(format_version=2), "format_version must be 1; got 2"),
         (lambda q: q["layers"].update({"model.nowhere": q["layers"][name]}), "the model has no such layer"),
         (lambda q: q["layers"][name].update({"in": 32}), "the model has 64 -> 128 there, the checkpoint 32 -> 128"),
-        (lambda q: q["layers"][name].update({"weight": {"kind": "Dual"}}), "a weight must be Affine"),
+        (lambda q: q["layers"][name].update({"weight": {"kind": "Dual"}}), "a weight is Affine or FP4"),
     ]:
         config = json.loads(json.dumps(whole))
         change(config["quantization_config"])
