@@ -68,7 +68,7 @@ class SmoothedLeakyReLU(torch.autograd.Function):
         kernel: str,
         channel_dim: int,
     ) -> tuple[Tensor, int]:
-        """Return the unit of a batch: one more call where parameters are shared, plain operations where they are not."""
+        """Return the unit of a batch: one more call where parameters are shared, else plain operations."""
         x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x.expand(info.batch_size, *x.shape)
         if in_dims[1] is None and in_dims[2] is None:
             return SmoothedLeakyReLU.apply(x, slope, sigma, kernel, channel_dim + 1), 0  # type: ignore[no-untyped-call]
@@ -76,7 +76,8 @@ class SmoothedLeakyReLU(torch.autograd.Function):
         for parameter, dim in ((slope, in_dims[1]), (sigma, in_dims[2])):
             rows = (parameter.movedim(dim, 0) if dim is not None else parameter[None]).to(upcast(x))
             rows = rows.reshape(len(rows), -1)
-            behind = x.dim() - channel_dim - 2
-            before = [1] * (channel_dim if rows.shape[1] > 1 else x.dim() - 2)
-            each.append(rows.reshape(len(rows), *before, *([-1, *[1] * behind] if rows.shape[1] > 1 else [1])))
+            shape = [len(rows), *[1] * (x.dim() - 1)]
+            if rows.shape[1] > 1:
+                shape[channel_dim + 1] = rows.shape[1]
+            each.append(rows.reshape(shape))
         return value(x.to(upcast(x)), each[0], each[1], kernel).to(x.dtype), 0
