@@ -24,6 +24,7 @@ NAMES = (
     "hardness",
     "choquard",
     "noise",
+    "activations",
     "serve",
     "load",
     "kernels",

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from planish.nn import unit
 
-PER_THREAD = 1 << 15  # elements: four buffers of float32 fill half of a second-level cache of 1 MB
+PER_THREAD = (
+    1 << 17
+)  # elements: shorter blocks pay for calls (oneDNN's gelu costs 6 microseconds), longer ones for memory
+_PLAIN = 8  # blocks of plain formulas are shorter by this: their temporaries stay below what malloc maps anew
 _NARROWEST = 1e-12  # below, x / s could overflow; the plain formulas cannot
 _OFF_ZERO = 1.7e-37  # added to x / s before a division by it
 _LOG2_PEAK = -0.5 * math.log2(2 * math.pi)
@@ -28,7 +31,7 @@ def quick(x: Tensor, slope: Tensor, sigma: Tensor) -> bool:
 class _Layout:
     """Views of dense tensors as (outer, channels, inner), or flat where one parameter serves all; and their blocks."""
 
-    def __init__(self, x: Tensor, shared: bool, channel_dim: int) -> None:
+    def __init__(self, x: Tensor, shared: bool, channel_dim: int, per_thread: int) -> None:
         strides = x.stride()
         self.order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
         if not x.permute(self.order).is_contiguous():
@@ -37,7 +40,7 @@ class _Layout:
         sizes = [x.shape[d] for d in self.order]
         self.shape = (-1,) if shared else (math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :]))
         row = 1 if shared else sizes[at] * math.prod(sizes[at + 1 :])
-        self.step = max(1, PER_THREAD * torch.get_num_threads() // row)
+        self.step = max(1, per_thread * torch.get_num_threads() // row)
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor.permute(self.order).contiguous().view(self.shape)
@@ -55,14 +58,13 @@ class _Layout:
 
 def forward(x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: int) -> Tensor:
     """Return the unit."""
-    layout, a, s = _prepare(x, slope, sigma, channel_dim)
+    layout, a, s = _prepare(x, slope, sigma, kernel, channel_dim)
     out, made = layout.empty(x)
-    for part, to in layout.blocks(layout.of(x), made):
-        wide = part.to(a.dtype)
-        if kernel == "gaussian":
-            _gaussian(wide, a, s, to)
-        else:
-            to.copy_(unit.value(wide, a, s, kernel))
+    if kernel == "gaussian":
+        _gaussian(layout, layout.of(x), a, s, made)
+    else:
+        for part, to in layout.blocks(layout.of(x), made):
+            to.copy_(unit.value(part.to(a.dtype), a, s, kernel))
     return out
 
 
@@ -76,35 +78,23 @@ def backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients by x, slope and sigma, each where it is wanted."""
-    layout, a, s = _prepare(x, slope, sigma, channel_dim)
+    layout, a, s = _prepare(x, slope, sigma, kernel, channel_dim)
     out, made = layout.empty(x)
-    by_slope, by_sigma = torch.zeros(2, *a.shape, dtype=torch.float64).unbind()
-    for g, part, to in layout.blocks(layout.of(grad), layout.of(x), made):
-        wide, wide_g = part.to(a.dtype), g.to(a.dtype)
-        if kernel == "gaussian":
-            sums = _gaussian_back(wide_g, wide, a, s, to, wanted)
-        else:
-            by_x, by_a, by_s = unit.slopes(wide, a, s, kernel)
-            torch.mul(wide_g, by_x, out=to if to.dtype == a.dtype else by_x)
-            if to.dtype != a.dtype:
-                to.copy_(by_x)
-            sums = _sum(wide_g, by_a, a) if wanted[1] else None, _sum(wide_g, by_s, a) if wanted[2] else None
-        for whole, one in zip((by_slope, by_sigma), sums, strict=True):
-            if one is not None:
-                whole.add_(one)
-    grads = [
-        unit.total(whole.reshape(-1), parameter, 0) if want else None
-        for whole, parameter, want in zip((by_slope, by_sigma), (slope, sigma), wanted[1:], strict=True)
-    ]
-    return out if wanted[0] else None, grads[0], grads[1]
+    way = _gaussian_back if kernel == "gaussian" else _plain_back
+    by_slope, by_sigma = way(layout, layout.of(grad), layout.of(x), a, s, made, kernel, wanted[1] or wanted[2])
+    return (
+        out if wanted[0] else None,
+        unit.total(by_slope.reshape(-1), slope, 0) if wanted[1] else None,
+        unit.total(by_sigma.reshape(-1), sigma, 0) if wanted[2] else None,
+    )
 
 
-def _prepare(x: Tensor, slope: Tensor, sigma: Tensor, channel_dim: int) -> tuple[_Layout, Tensor, Tensor]:
+def _prepare(x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: int) -> tuple[_Layout, Tensor, Tensor]:
     shared = slope.numel() == sigma.numel() == 1
     dtype, size = unit.upcast(x), max(slope.numel(), sigma.numel())
     shape = () if shared else (size, 1)
-    a, s = (p.detach().to(dtype).reshape(-1).expand(size).reshape(shape) for p in (slope, sigma))
-    return _Layout(x, shared, channel_dim), a, s
+    a, s = (p.detach().to(dtype).expand(size).reshape(shape) for p in (slope, sigma))
+    return _Layout(x, shared, channel_dim, PER_THREAD if kernel == "gaussian" else PER_THREAD // _PLAIN), a, s
 
 
 def _sum(g: Tensor, elements: Tensor, parameter: Tensor) -> Tensor:
@@ -114,35 +104,64 @@ def _sum(g: Tensor, elements: Tensor, parameter: Tensor) -> Tensor:
     return (g * elements).sum((0, 2))[:, None]
 
 
-def _density(t: Tensor) -> Tensor:
-    """Return the standard normal density."""
-    top = torch.tensor(_LOG2_PEAK, dtype=t.dtype)
-    return torch.addcmul(top, t, t, value=-_HALF_LOG2_E).exp2_()
+def _sums(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0, dtype=torch.float64)
 
 
-def _gaussian(x: Tensor, a: Tensor, s: Tensor, out: Tensor) -> None:
-    """Write s lerp(t Phi(t) + phi(t), t, a) with t = x / s: the unit, with one reading of x."""
-    t = x * s.reciprocal()
-    psi = torch.nn.functional.gelu(t).add_(_density(t))
-    torch.lerp(psi, t, a, out=psi)
-    if out.dtype == x.dtype:
-        torch.mul(psi, s, out=out)
-    else:
-        out.copy_(psi.mul_(s))
+def _gaussian(layout: _Layout, x: Tensor, a: Tensor, s: Tensor, out: Tensor) -> None:
+    """Write lerp(s t Phi(t) + s phi(t), x, a) with t = x / s."""
+    spare_t, spare_w = torch.empty(2, *x[: layout.step].shape, dtype=a.dtype).unbind()
+    inverse, top = s.reciprocal(), s.log2() + _LOG2_PEAK
+    for part, to in layout.blocks(x, out):
+        wide = part.to(a.dtype)
+        t, w = spare_t[: len(part)], spare_w[: len(part)]
+        torch.mul(wide, inverse, out=t)
+        torch.addcmul(top, t, t, value=-_HALF_LOG2_E, out=w).exp2_()
+        torch.ops.aten.gelu.out(t, out=t)
+        torch.addcmul(w, t, s, out=w)
+        if to.dtype == w.dtype:
+            torch.lerp(w, wide, a, out=to)
+        else:
+            to.copy_(w.lerp_(wide, a))
 
 
 def _gaussian_back(
-    g: Tensor, x: Tensor, a: Tensor, s: Tensor, out: Tensor, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+    layout: _Layout, g: Tensor, x: Tensor, a: Tensor, s: Tensor, out: Tensor, _: str, summed: bool
+) -> tuple[Tensor, Tensor]:
     """Write g (Phi + a (1 - Phi)); return the sums of g (x (1 - Phi) - s phi) and of g (1 - a) phi where wanted."""
-    t = torch.addcmul(torch.tensor(_OFF_ZERO, dtype=x.dtype), x, s.reciprocal())
-    passed = torch.nn.functional.gelu(t).div_(t).mul_(g)
-    held = g - passed
-    if out.dtype == x.dtype:
-        torch.addcmul(passed, held, a, out=out)
-    else:
-        out.copy_(passed.addcmul_(held, a))
-    if not (wanted[1] or wanted[2]):
-        return None, None
-    felt = _sum(g, _density(t), a)
-    return _sum(held, x, a) - s * felt if wanted[1] else None, (1 - a) * felt if wanted[2] else None
+    spare_t, spare_p = torch.empty(2, *x[: layout.step].shape, dtype=a.dtype).unbind()
+    inverse = s.reciprocal()
+    off, top = torch.tensor([_OFF_ZERO, _LOG2_PEAK], dtype=a.dtype).unbind()
+    held, felt = [], []
+    for g_part, part, to in layout.blocks(g, x, out):
+        wide, wide_g = part.to(a.dtype), g_part.to(a.dtype)
+        t, p = spare_t[: len(part)], spare_p[: len(part)]
+        torch.addcmul(off, wide, inverse, out=t)
+        torch.ops.aten.gelu.out(t, out=p)
+        p.div_(t).mul_(wide_g)
+        if summed:
+            torch.addcmul(top, t, t, value=-_HALF_LOG2_E, out=t).exp2_()
+            felt.append(_sum(wide_g, t, a))
+            held.append(_sum(torch.sub(wide_g, p, out=t), wide, a))
+        if to.dtype == p.dtype:
+            torch.lerp(p, wide_g, a, out=to)
+        else:
+            to.copy_(p.lerp_(wide_g, a))
+    if not summed:
+        return a, s
+    density = _sums(felt)
+    return _sums(held) - s * density, (1 - a) * density
+
+
+def _plain_back(
+    layout: _Layout, g: Tensor, x: Tensor, a: Tensor, s: Tensor, out: Tensor, kernel: str, summed: bool
+) -> tuple[Tensor, Tensor]:
+    sums: tuple[list[Tensor], list[Tensor]] = [], []
+    for g_part, part, to in layout.blocks(g, x, out):
+        wide_g = g_part.to(a.dtype)
+        by_x, *rest = unit.slopes(part.to(a.dtype), a, s, kernel)
+        to.copy_(by_x.mul_(wide_g))
+        if summed:
+            for kept, by in zip(sums, rest, strict=True):
+                kept.append(_sum(wide_g, by, a))
+    return (_sums(sums[0]), _sums(sums[1])) if summed else (a, s)

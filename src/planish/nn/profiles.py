@@ -5,8 +5,8 @@ A kernel enters only through its upper tail. With U distributed as the kernel an
     pdf(u)      density                       sf(u) = P(U > u)                 tail(u) = E[(U - u)_+]
     gap(u) = tail(u) + u sf(u)                tail' = -sf,   sf' = -pdf,       gap' = -u pdf
 
-No formula here subtracts nearly equal numbers, except the Gaussian's tail, where the difference is far below the
-rounding of what it is added to. All take u = |x| / width, are made of plain torch operations, and can be
+No formula here subtracts nearly equal numbers, except the Gaussian, where what is lost is below the rounding of what
+it is added to. All take u = |x| / width, are made of plain torch operations, and can be
 differentiated as often as the kernel allows.
 
 ================  ==================================  =======================================
@@ -53,7 +53,7 @@ def _normal(u: Tensor) -> Tensor:
 
 
 def _normal_sf(u: Tensor) -> Tensor:
-    return 0.5 * torch.erfc(u * math.sqrt(0.5))
+    return 0.5 - 0.5 * torch.erf(u * math.sqrt(0.5))  # compilers vectorise erf, and not erfc
 
 
 def _decay(u: Tensor) -> Tensor:
