@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from planish.nn import unit
+from planish.nn.profiles import PROFILES, Profile
 
 PER_THREAD = (
     1 << 17
@@ -64,7 +65,7 @@ def forward(x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: i
         _gaussian(layout, layout.of(x), a, s, made)
     else:
         for part, to in layout.blocks(layout.of(x), made):
-            to.copy_(unit.value(part.to(a.dtype), a, s, kernel))
+            to.copy_(_plain(part.to(a.dtype), a, s, PROFILES[kernel]))
     return out
 
 
@@ -153,15 +154,27 @@ def _gaussian_back(
     return _sums(held) - s * density, (1 - a) * density
 
 
+def _distance(x: Tensor, s: Tensor, profile: Profile) -> Tensor:
+    return (x.abs() / s).clamp_max_(profile.reach)
+
+
+def _plain(x: Tensor, a: Tensor, s: Tensor, profile: Profile) -> Tensor:
+    """Return the unit as `unit.value` does; `where` would cost more than all the rest."""
+    tail = profile.tail(_distance(x, s, profile))
+    return torch.addcmul(x.clamp_min(0), x.clamp_max(0), a).addcmul_(tail, (1 - a) * s)
+
+
 def _plain_back(
     layout: _Layout, g: Tensor, x: Tensor, a: Tensor, s: Tensor, out: Tensor, kernel: str, summed: bool
 ) -> tuple[Tensor, Tensor]:
     sums: tuple[list[Tensor], list[Tensor]] = [], []
     for g_part, part, to in layout.blocks(g, x, out):
         wide_g = g_part.to(a.dtype)
-        by_x, *rest = unit.slopes(part.to(a.dtype), a, s, kernel)
-        to.copy_(by_x.mul_(wide_g))
+        wide, profile = part.to(a.dtype), PROFILES[kernel]
+        u = _distance(wide, s, profile)
+        halved = (1 - a) * (0.5 - profile.sf(u))  # by x: the mean of both branches, and half their distance
+        to.copy_(torch.copysign(halved, wide).add_(0.5 * (1 + a)).mul_(wide_g))
         if summed:
-            for kept, by in zip(sums, rest, strict=True):
-                kept.append(_sum(wide_g, by, a))
+            sums[0].append(_sum(wide_g, wide.clamp_max(0) - s * profile.tail(u), a))
+            sums[1].append(_sum(wide_g, (1 - a) * profile.gap(u), a))
     return (_sums(sums[0]), _sums(sums[1])) if summed else (a, s)

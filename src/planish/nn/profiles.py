@@ -6,8 +6,8 @@ A kernel enters only through its upper tail. With U distributed as the kernel an
     gap(u) = tail(u) + u sf(u)                tail' = -sf,   sf' = -pdf,       gap' = -u pdf
 
 No formula here subtracts nearly equal numbers, except the Gaussian, where what is lost is below the rounding of what
-it is added to. All take u = |x| / width, are made of plain torch operations, and can be
-differentiated as often as the kernel allows.
+it is added to. All take u = |x| / width, are made of plain torch operations, and can be differentiated as often as the
+kernel allows.
 
 ================  ==================================  =======================================
 kernel            density                             of the smoothed unit
