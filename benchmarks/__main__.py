@@ -32,7 +32,11 @@ NAMES = (
     "decode",
     "decode_large",
 )
-SUITES = {("quant", "bytes"): "branches", ("quant", "outliers"): "outliers"}
+SUITES = {
+    ("quant", "bytes"): "branches",
+    ("quant", "outliers"): "outliers",
+    ("activations", "time"): "activation_times",
+}
 """Other cases of a benchmark, each in a file and with results of its own."""
 
 

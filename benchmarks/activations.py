@@ -1,14 +1,12 @@
-"""Smooth units beside ReLU, PReLU, GELU: how well a network learns derivatives, and what the units take.
+"""Smooth units beside ReLU, PReLU, GELU: how well a small network learns derivatives, and classes.
 
-Networks of one seed begin with the same weights and see the same points, whatever their activation. Times are of
-forward and backward of one tensor, subjects taking turns in one process on one thread; a slope is trained, its gradient
-counted.
+Networks of one seed begin with the same weights and see the same points, whatever their activation. What the units take
+is another suite: `python -m benchmarks activations --suite time`.
 """
 
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Row
-from planish.nn import SAU, SMU, SMU1, ReQU, sau
-from planish.nn.profiles import PROFILES
+from planish.nn import SAU, SMU, SMU1, ReQU
 
 CURVE = "sin(3x) from 64 points, 1-64-64-1"
 DIGITS = "digits, 64-16-16-10"
@@ -78,7 +75,7 @@ def curve_errors(unit: Callable[[], nn.Module], seed: int, steps: int = 1500) ->
         )
 
 
-def digits_accuracy(unit: Callable[[], nn.Module], seed: int, steps: int = 600) -> float:
+def digits_accuracy(unit: Callable[[], nn.Module], seed: int, steps: int = 400) -> float:
     """Train on half of scikit-learn's digits, batches of 64; return the accuracy on the other half, in percent."""
     from sklearn.datasets import load_digits  # noqa: PLC0415
 
@@ -94,57 +91,6 @@ def digits_accuracy(unit: Callable[[], nn.Module], seed: int, steps: int = 600) 
         return 100 * float((net(x[half:]).argmax(1) == y[half:]).float().mean())
 
 
-def _naive(x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    t = x / s
-    return a * x + (1 - a) * s * (
-        t * 0.5 * (1 + torch.erf(t / math.sqrt(2))) + torch.exp(-t * t / 2) / 2.5066282746310002
-    )
-
-
-def timed(quick: bool, skipped: dict[str, str]) -> Iterator[Row]:
-    """Yield times of forward and backward, and their ratios to GELU's."""
-    a, s = torch.tensor([0.15], requires_grad=True), torch.tensor([0.5])
-    subjects: dict[str, Callable[[Tensor], Tensor]] = {
-        "GELU": F.gelu,
-        "Leaky ReLU": lambda x: F.leaky_relu(x, 0.15),
-        "PReLU": lambda x: F.prelu(x, a),
-        "Softplus": F.softplus,
-        "Mish": F.mish,
-        "SAU, written out": lambda x: _naive(x, a, s),
-    }
-    for kernel in PROFILES:
-        subjects[f"SAU {kernel}"] = lambda x, kernel=kernel: sau(x, a, s, kernel=kernel)  # type: ignore[misc]
-    subjects["SAU gaussian, slope fixed"] = lambda x: sau(x, 0.15, s)
-    if not quick:
-        try:
-            small = torch.randn(1 << 12, requires_grad=True)
-            compiled = {
-                "GELU, compiled": torch.compile(F.gelu, dynamic=True),
-                "SAU gaussian, compiled": torch.compile(lambda x: sau(x, a, s), dynamic=True),
-            }
-            for f in compiled.values():
-                f(small).sum().backward()
-            subjects |= compiled
-        except RuntimeError as error:  # no compiler on this machine
-            skipped["compiled units"] = str(error).splitlines()[0]
-    for n in (1 << 14,) if quick else (1 << 14, 1 << 17, 1 << 20, 1 << 23):
-        x, g = torch.randn(n, requires_grad=True), torch.randn(n)
-        spent: dict[str, list[float]] = {name: [] for name in subjects}
-        for turn in range(3 if quick else 13 if n >= 1 << 23 else 31):
-            for name, f in subjects.items():
-                x.grad = a.grad = None
-                began = time.perf_counter()
-                f(x).backward(g)
-                if turn:  # the first warms up
-                    spent[name].append(1e9 * (time.perf_counter() - began) / n)
-        case = f"{n:,} numbers, forward and backward"
-        for name, times in spent.items():
-            yield Row(case, name, "time", statistics.median(times), "ns a number", low=min(times), high=max(times))
-            if name != "GELU":
-                ratios = sorted(t / base for t, base in zip(times, spent["GELU"], strict=True))
-                yield Row(case, name, "time", statistics.median(ratios), "ratio", "GELU", ratios[0], ratios[-1])
-
-
 def _mean(values: list[float]) -> tuple[float, float, float]:
     mean = statistics.fmean(values)
     half = 2 * statistics.stdev(values) / math.sqrt(len(values))
@@ -154,10 +100,10 @@ def _mean(values: list[float]) -> tuple[float, float, float]:
 def rows(
     quick: bool, *, against: tuple[str, ...] | None = None, skipped: dict[str, str] | None = None, **_: object
 ) -> Iterator[Row]:
-    """Yield errors of curves and of derivatives, accuracies on digits, and times.
+    """Yield errors of curves and of derivatives, and accuracies on digits.
 
     Args:
-        quick: Two seeds of short training, small tensors.
+        quick: Two seeds of short training.
         against: Rivals to keep, by a part of their names; all by default.
         skipped: Takes what could not run, and why.
     """
@@ -169,7 +115,7 @@ def rows(
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seeds = range(2 if quick else 8)
+    seeds = range(2 if quick else 5)
     steps = 20 if quick else 1500
     note = f"mean over {len(seeds)} seeds, with two standard errors either way"
     for name, unit in units.items():
@@ -183,7 +129,6 @@ def rows(
         skipped["digits"] = "scikit-learn is not installed"
     else:
         for name, unit in units.items():
-            mean, low, high = _mean([digits_accuracy(unit, seed, 20 if quick else 600) for seed in seeds])
+            mean, low, high = _mean([digits_accuracy(unit, seed, 20 if quick else 400) for seed in seeds])
             yield Row(DIGITS, name, "accuracy", mean, "%", None, low, high, note)
-    yield from timed(quick, skipped)
     torch.set_num_threads(threads)
