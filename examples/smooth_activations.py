@@ -1,4 +1,4 @@
-"""Does a network know the derivative of what it learnt? ReLU against a smooth unit; then back to an exact Leaky ReLU."""
+"""Does a network know the derivative of what it learnt? ReLU against a smooth unit; then back to exact Leaky ReLU."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ x = torch.linspace(-2, 2, 64)[:, None]
 between = torch.linspace(-2, 2, 1001)[:, None]
 
 
-def train(net, steps=1000, schedule=None):
+def train(net: nn.Module, steps: int = 1000, schedule: WidthSchedule | None = None) -> None:
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -19,13 +19,13 @@ def train(net, steps=1000, schedule=None):
             schedule.step()
 
 
-def error_of_the_derivative(net):
+def error_of_the_derivative(net: nn.Module) -> float:
     at = between.clone().requires_grad_()
     (slope,) = torch.autograd.grad(net(at).sum(), at)
     return (slope - 3 * torch.cos(3 * between)).square().mean().sqrt().item()
 
 
-def perceptron():
+def perceptron() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 

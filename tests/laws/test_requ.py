@@ -47,6 +47,7 @@ def test_values_that_are_no_numbers(value):
     assert torch.equal(requ(x).nan_to_num(nan=-1.0), (x.relu() * x.relu()).nan_to_num(nan=-1.0))
 
 
+@pytest.mark.refuses
 def test_refuses_integers():
     with pytest.raises(TypeError, match="requ: `x` must be a floating-point tensor; got torch.int64"):
         requ(torch.arange(3))

@@ -71,10 +71,10 @@ def to_leaky_relu(model: nn.Module) -> dict[str, float]:
         ValueError: The model holds no SAU.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 8), SAU(sigma=0.01), nn.Linear(8, 1))
+        >>> net = nn.Sequential(nn.Linear(2, 8), SAU(init=0.25, sigma=0.01), nn.Linear(8, 1))
         >>> bounds = to_leaky_relu(net)
         >>> net[1], round(bounds["1"], 6)
-        (LeakyReLU(negative_slope=0.15), 0.003391)
+        (LeakyReLU(negative_slope=0.25), 0.002992)
     """
     bounds: dict[str, float] = {}
     made: dict[nn.Module, nn.Module] = {}

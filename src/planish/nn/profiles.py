@@ -70,7 +70,7 @@ def _radius(u: Tensor) -> Tensor:
 
 PROFILES: dict[str, Profile] = {
     "gaussian": Profile(
-        _normal, _normal_sf, lambda u: _normal(u) - u * _normal_sf(u), _normal, 1 / math.sqrt(2 * math.pi), 39
+        _normal, _normal_sf, lambda u: _normal(u) - u * _normal_sf(u), _normal, 1 / math.sqrt(2 * math.pi), 39.0
     ),
     "logistic": Profile(
         lambda u: torch.sigmoid(-u) * torch.sigmoid(u),
@@ -78,16 +78,16 @@ PROFILES: dict[str, Profile] = {
         lambda u: torch.log1p(torch.exp(-u)),
         lambda u: torch.log1p(torch.exp(-u)) + u * torch.sigmoid(-u),
         math.log(2),
-        800,
+        800.0,
     ),
-    "laplace": Profile(_decay, _decay, _decay, lambda u: _decay(u) * (1 + u), 0.5, 800),
+    "laplace": Profile(_decay, _decay, _decay, lambda u: _decay(u) * (1 + u), 0.5, 800.0),
     "uniform": Profile(
         lambda u: torch.where(u <= 1, 0.5, torch.zeros_like(u)),
         lambda u: _inside(u) / 2,
         lambda u: _inside(u) ** 2 / 4,
         lambda u: _inside(u) * (1 + u) / 4,
         0.25,
-        2,
+        2.0,
     ),
     "triangular": Profile(
         _inside,
@@ -95,7 +95,7 @@ PROFILES: dict[str, Profile] = {
         lambda u: _inside(u) ** 3 / 6,
         lambda u: _inside(u) ** 2 * (1 + 2 * u) / 6,
         1 / 6,
-        2,
+        2.0,
     ),
     "epanechnikov": Profile(
         lambda u: _inside(u) * (1 + u) * 0.75,
@@ -103,7 +103,7 @@ PROFILES: dict[str, Profile] = {
         lambda u: _inside(u) ** 3 * (3 + u) / 16,
         lambda u: (_inside(u) * (1 + u)) ** 2 * (3 / 16),
         3 / 16,
-        2,
+        2.0,
     ),
     "student": Profile(
         lambda u: 0.5 / _radius(u) ** 3,
