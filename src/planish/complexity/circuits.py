@@ -28,6 +28,10 @@ class Circuit:
         unitaries: Linear maps of states that keep their norm.
         last: What follows the last query.
         inverse: Which queries run the oracle backwards; default none.
+
+    Example:
+        >>> len(Circuit((lambda state: state,), lambda state: state))
+        1
     """
 
     unitaries: tuple[Unitary, ...]

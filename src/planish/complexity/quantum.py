@@ -46,6 +46,10 @@ class HybridReport:
         leak_bounds: (T - k + 1) / N.
         hits: Mean over chains of the probability that the final point has all the right keys.
         hit_bound: (1 / sqrt(N) + sqrt(mean squared distance))^2, at most 1; for K < T.
+
+    Example:
+        >>> HybridReport((0.1, 0.3), (0.2, 0.2), (0.01,), (0.5,), 0.02, 0.9).violations
+        1
     """
 
     distances: tuple[float, ...]

@@ -44,7 +44,13 @@ from planish.pde.riesz import RieszPotential
 
 @dataclass(frozen=True)
 class Norms:
-    """Integrals that energy, Nehari and Pohozaev are made of."""
+    """Integrals that energy, Nehari and Pohozaev are made of.
+
+    Example:
+        >>> problem = ChoquardProblem(lambda x: torch.ones_like(x[..., 0]), half_width=10, n=101)
+        >>> round(float(problem.norms(torch.exp(-problem.points[..., 0] ** 2)).mass_p), 4)
+        1.2533
+    """
 
     seminorm_p: Tensor
     seminorm_q: Tensor

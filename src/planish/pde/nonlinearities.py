@@ -14,7 +14,13 @@ _SERIES = 0.3  # below, exp less its first terms is summed as a series
 
 
 class Nonlinearity(Protocol):
-    """What a problem needs of a nonlinearity; `growth` is the power of its first term at 0."""
+    """What a problem needs of a nonlinearity; `growth` is the power of its first term at 0.
+
+    Example:
+        >>> cube: Nonlinearity = PowerNonlinearity(4)
+        >>> cube.growth, cube(torch.tensor(2.0)).item()
+        (4, 8.0)
+    """
 
     @property
     def growth(self) -> float:

@@ -110,6 +110,13 @@ class Sweep:
         problems: The problem of each.
         well: Where the potential is least; (dim,).
         level: Ground level of the autonomous problem Z = inf Z, to which energies tend.
+
+    Example:
+        >>> well = lambda x: 1 + (w := (x[..., 0] - 1) ** 2) / (1 + w)
+        >>> make = lambda eps: ChoquardProblem(well, eps=eps, half_width=14, n=141)
+        >>> sweep: Sweep = concentration_sweep(make, [1.0], [1.0], level=0.67)
+        >>> len(str(sweep).splitlines())
+        2
     """
 
     eps: tuple[float, ...]

@@ -14,7 +14,14 @@ from planish.pde.choquard import ChoquardProblem
 
 
 class Functional(Protocol):
-    """An energy whose rays have one highest point each; `integral` weights its grid."""
+    """An energy whose rays have one highest point each; `integral` weights its grid.
+
+    Example:
+        >>> flat: Functional = ChoquardProblem(lambda x: torch.ones_like(x[..., 0]), half_width=10, n=101)
+        >>> v = torch.ones(101, dtype=torch.float64)
+        >>> bool(flat.energy(flat.ray(v) * v) > flat.energy(0.9 * flat.ray(v) * v))
+        True
+    """
 
     def energy(self, v: Tensor) -> Tensor:
         """Return I(v)."""
@@ -46,6 +53,12 @@ class GroundState:
         peak: Highest point in the original variable x, between grid points by parabolas; (dim,).
         barycentre: Mean of x under u^p; (dim,).
         n_iter: Steps of the descent.
+
+    Example:
+        >>> flat = ChoquardProblem(lambda x: torch.ones_like(x[..., 0]), half_width=10, n=101)
+        >>> state: GroundState = solve_ground_state(flat)
+        >>> abs(state.nehari) < 1e-10, round(abs(state.peak[0]), 3)
+        (True, 0.0)
     """
 
     u: Tensor
@@ -81,6 +94,12 @@ def minimize_on_nehari(
     Raises:
         ValueError: An argument is out of range.
         NotConverged: The residual is still above `tol`; `best` is (minimizer, steps).
+
+    Example:
+        >>> flat = ChoquardProblem(lambda x: torch.ones_like(x[..., 0]), half_width=10, n=101)
+        >>> u, steps = minimize_on_nehari(flat, torch.exp(-flat.points[..., 0] ** 2))
+        >>> flat.residual(u) < 1e-6
+        True
     """
     if not 0 < tol < 1:
         raise bad("minimize_on_nehari", "tol", "in (0, 1)", tol)
@@ -218,6 +237,12 @@ def certify(problem: ChoquardProblem, u: Float[Tensor, "*grid"], n_iter: int = 0
         problem: The problem.
         u: The function, positive somewhere.
         n_iter: Steps that led to it.
+
+    Example:
+        >>> flat = ChoquardProblem(lambda x: torch.ones_like(x[..., 0]), half_width=10, n=101)
+        >>> guess = certify(flat, torch.exp(-flat.points[..., 0] ** 2))
+        >>> guess.residual > 0.1, abs(guess.barycentre[0]) < 1e-12
+        (True, True)
     """
     constant = bool((problem.z == problem.z.flatten()[0]).all())
     weight = u.abs() ** problem.p
