@@ -6,11 +6,11 @@ shallow; `SMU` and `SMU1` for the sibling formulas; `smooth_piecewise` for other
 `replace_activations` puts any of them into a model that exists.
 """
 
+from planish.nn.leaky import SAU, sau
+from planish.nn.maximum import SMU, SMU1, smu, smu1
 from planish.nn.models import WidthSchedule, param_groups, replace_activations, to_leaky_relu
 from planish.nn.piecewise import smooth_piecewise
-from planish.nn.requ import ReQU, requ
-from planish.nn.sau import SAU, sau
-from planish.nn.smu import SMU, SMU1, smu, smu1
+from planish.nn.squared import ReQU, requ
 
 __all__ = [
     "SAU",

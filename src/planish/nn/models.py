@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from planish._support import bad
+from planish.nn.leaky import SAU
 from planish.nn.parameters import SlopeAndWidth
-from planish.nn.sau import SAU
 
 
 def replace_activations(

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from planish._support import bad
+from planish.nn.leaky import sau
 from planish.nn.profiles import Kernel
-from planish.nn.sau import sau
 
 
 def smooth_piecewise(
