@@ -43,6 +43,23 @@ def newton(**settings):
     return lambda params, c=1.0, s=1.0: GradNormNewton(params, gamma0=0.7 * s, **settings)
 
 
+def private(**settings):
+    def make(params, c=1.0, s=1.0):
+        pytest.importorskip("opacus")
+        from planish.optim import MNGPOptimizer
+
+        for p in params:  # the whole loss is one sample, so that there is something to compare
+
+            def sample(q):
+                q.grad_sample = q.grad[None].clone()
+
+            p.register_post_accumulate_grad_hook(sample)
+        inner = torch.optim.SGD(params, 0.04 * s)
+        return MNGPOptimizer(inner, noise_multiplier=0.0, expected_batch_size=1, threshold=10.0 * c / s, **settings)
+
+    return make
+
+
 # A new optimizer joins by a line.
 SUBJECTS = [
     Subject("gradient descent", normalized(0.0, 0.01), steps=600),
@@ -52,6 +69,7 @@ SUBJECTS = [
     Subject("with momentum", normalized(1.0, 0.03, momentum=0.5), steps=400),
     Subject("automatic", automatic, steps=1500),
     Subject("spider", lambda params, c=1.0, s=1.0: Spider(params, 0.04 * s, q=4, eps=1e-12 * c / s), steps=300),
+    Subject("private, without noise", private(), steps=1500),
     Subject("newton", newton(solver="cholesky"), "loss", steps=60),
     Subject("newton, eigenvalues", newton(solver="eigh"), "loss", steps=60),
     Subject("newton, products", newton(solver="cg"), "loss", steps=80),
