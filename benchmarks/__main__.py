@@ -25,6 +25,7 @@ NAMES = (
     "choquard",
     "noise",
     "activations",
+    "private",
     "serve",
     "load",
     "kernels",

@@ -1,6 +1,7 @@
 """How much noise a privacy budget asks for, and what was spent."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ from planish._support import bad, require
 from planish.optim.privacy_loss import Adjacency, Composed, History, compose, pairs
 
 Accountant = Literal["exact", "prv", "rdp"]
-_LEAST, _MOST = 0.05, 1e7
+_LEAST = 0.05
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
@@ -76,7 +77,9 @@ def calibrate_noise(
             raise bad(where, "adjacency", f"'add_remove' where accountant={accountant!r}", adjacency)
         finer = {"eps_error": min(0.01, epsilon / 100)} if accountant == "prv" else {}
         tools = require("opacus.accountants.utils", "opacus", f"calibrate_noise(accountant={accountant!r})")
-        return float(
+        with warnings.catch_warnings():  # while it searches it meets noise for which its list of orders is too short
+            warnings.filterwarnings("ignore", message="Optimal order is the|divide by zero")
+            return float(
             tools.get_noise_multiplier(
                 target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps,
                 accountant=accountant, epsilon_tolerance=min(0.01, epsilon / 200), **finer,
@@ -153,8 +156,9 @@ def _bisect(holds: Callable[[float], bool], low: float, high: float, *, lower: b
 
 def _root(excess: Callable[[float], float], least: float, high: float) -> float:
     """Return a z >= least with excess(z) in [-0.003, 0], by regula falsi (Illinois) in logarithms; it falls with z."""
+    limit = 8 * high
     while (at_high := excess(high)) > 0:  # rounding, cut-offs and the grid count against us even at z = high
-        if high > _MOST:
+        if high > limit:
             raise bad("calibrate_noise", "delta", "large enough to be told from 0 in double precision", "less")
         high *= 1.5
     while (at_low := excess(low := high / 2)) <= 0:  # from above: little noise means a long grid

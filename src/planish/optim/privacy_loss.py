@@ -144,7 +144,8 @@ def compose(history: History, pair: Pair, delta: float) -> Composed:
     step = min(min(s for *_, s in spread) / 25, 0.02 / math.sqrt(count))
     step = max(step, max(high - low for low, high, _ in spread) / (_MOST / 4))
     parts = [(_single(z, q, pair, step, tail / count), steps) for z, q, steps in history]
-    low, high = _window(parts, math.log(2 / tail))
+    wide = math.sqrt(sum(s * s * run[2] for (*_, s), run in zip(spread, history, strict=True)))
+    low, high = _window(parts, math.log(2 / tail), wide)
     first = math.floor(low / step)
     size = max(16, 2 ** math.ceil(math.log2(math.ceil(high / step) - first + 2)))
     modulus, angle = torch.ones(size // 2 + 1, dtype=torch.float64), torch.zeros(size // 2 + 1, dtype=torch.float64)
@@ -159,9 +160,12 @@ def compose(history: History, pair: Pair, delta: float) -> Composed:
     return Composed(losses, whole.clamp(min=0.0), infinite + tail + rounding)
 
 
-def _window(parts: Sequence[tuple[Loss, int]], rarity: float) -> tuple[float, float]:
-    """Return bounds that the sum of losses leaves with probability exp(-rarity) on either side, by Chernoff."""
-    slopes = torch.logspace(-2, 3, 40, dtype=torch.float64)
+def _window(parts: Sequence[tuple[Loss, int]], rarity: float, wide: float) -> tuple[float, float]:
+    """Return bounds that the sum of losses, of deviation `wide`, leaves with probability exp(-rarity) on either side.
+
+    By Chernoff: for a normal sum the best slope is sqrt(2 rarity) / wide.
+    """
+    slopes = torch.logspace(-2, 1.5, 40, dtype=torch.float64) * 10 / wide
     ends = []
     for sign in (-1.0, 1.0):
         growth = torch.full_like(slopes, rarity)
