@@ -22,7 +22,7 @@ from planish.optim import MNGPClassifier, calibrate_noise
 
 Array = npt.NDArray[Any]
 DELTA, TRAIN = 1e-5, 20_000
-STEPS, RATES = (20, 50), (0.3, 1.0, 3.0, 10.0)
+STEPS, RATES = (20, 50), (0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def wages() -> tuple[Array, Array, Array, Array]:

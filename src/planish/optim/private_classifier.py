@@ -172,10 +172,10 @@ class MNGPClassifier(base.ClassifierMixin, base.BaseEstimator):  # type: ignore[
         Raises:
             ValueError: One is.
         """
-        follow = self.threshold == "median"
-        check_normalizer(where, self.normalizer, 1.0 if follow else self.threshold)
+        threshold = 1.0 if self.threshold == "median" else self.threshold
+        check_normalizer(where, self.normalizer, threshold)
         check_budget(where, self.epsilon, 0.5 if self.delta is None else self.delta, self.adjacency)
-        if follow and self.normalizer not in ("max1", "clip"):
+        if self.threshold == "median" and self.normalizer not in ("max1", "clip"):
             raise bad(where, "threshold", f"a float > 0 where normalizer={self.normalizer!r}", self.threshold)
         if self.loss not in get_args(Loss):
             raise bad(where, "loss", "'logistic', 'hinge' or 'huber'", self.loss)
