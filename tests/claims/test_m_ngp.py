@@ -110,3 +110,37 @@ def test_better_than_plain_perturbation(heavy, record_claim):
 def test_the_same_as_clipping_at_one(heavy, record_claim):
     assert heavy["max1"] == heavy["clip"]
     record_claim(abs(heavy["max1"] - heavy["clip"]), 0.0, "points", at_least=False)
+
+
+@pytest.mark.claim("m_ngp", "excess risk of ridge logistic regression on four times the samples; theory at most 1/4")
+def test_excess_risk_falls_with_the_samples(record_claim):
+    pytest.importorskip("sklearn")
+    from planish.optim import MNGPClassifier
+
+    random = np.random.default_rng(0)
+    ridge, d = 0.05, 8
+    truth = 2 * random.normal(size=d)
+
+    def draw(n):
+        X = random.normal(size=(n, d)) / math.sqrt(d)  # gradients seldom longer than 1
+        return X, X @ truth + random.logistic(size=n) > 0
+
+    X, y = draw(40_000)  # stands for the population
+
+    def risk(w):
+        return float(np.logaddexp(0, np.where(y, -1, 1) * (X @ w)).mean() + ridge / 2 * w @ w)
+
+    best = np.zeros(d)
+    for _ in range(200):
+        best = best - 2.0 * (X.T @ (0.5 * (1 + np.tanh(X @ best / 2)) - y) / len(X) + ridge * best)
+    excess = {}
+    for n in (1000, 4000):
+        risks = []
+        for seed in range(16):
+            model = MNGPClassifier(
+                0.5, 1e-5, n_steps=25, learning_rate=2.0, l2=ridge, fit_intercept=False, random_state=seed
+            )
+            risks.append(risk(model.fit(*draw(n)).coef_[0]) - risk(best))
+        excess[n] = float(np.mean(risks))
+    assert min(excess.values()) > 0
+    record_claim(excess[4000] / excess[1000], 0.35, "times", at_least=False)

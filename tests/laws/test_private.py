@@ -272,10 +272,10 @@ def test_a_sample_that_is_not_finite_counts_as_nothing_and_is_counted():
     pytest.importorskip("opacus")
     from planish.optim import MNGPOptimizer
 
-    w, v = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    w, v = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))  # a number has a norm, too
     optimizer = MNGPOptimizer(torch.optim.SGD([w, v], 1.0), noise_multiplier=0.0, expected_batch_size=1)
     w.grad_sample = torch.tensor([[0.3, 0.4], [math.nan, 1.0], [1.0, 1.0], [3e30, 4e30]])
-    v.grad_sample = torch.tensor([[0.0], [1.0], [math.inf], [0.0]])
+    v.grad_sample = torch.tensor([0.0, 1.0, math.inf, 0.0])
     optimizer.step()
     assert optimizer.nonfinite_samples == 2
     assert torch.allclose(w.detach(), -torch.tensor([0.9, 1.2])) and float(v.detach()) == 0.0

@@ -107,7 +107,7 @@ def privacy_spent(history: History, delta: float, *, adjacency: Adjacency = "add
         adjacency: As for `calibrate_noise`.
 
     Returns:
-        Epsilon, >= 0; infinite where there was no noise, or where delta is below what double precision tells apart.
+        Epsilon, >= 0; infinite where noise was below 0.05, or where delta is below what double precision tells apart.
 
     Raises:
         ValueError: An argument is out of range.

@@ -28,6 +28,7 @@ Reference:
     https://arxiv.org/abs/2204.10536
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -172,7 +173,13 @@ class MNGPOptimizer(_dp.DPOptimizer):  # type: ignore[misc, name-defined]
         samples = [self._get_flat_grad_sample(p) for p in self.params]
         device = samples[0].device
         norms = torch.stack(
-            [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).to(device) for g in samples], dim=1
+            [
+                torch.linalg.vector_norm(g.reshape(len(g), math.prod(g.shape[1:])), dim=1, dtype=torch.float64).to(
+                    device
+                )
+                for g in samples
+            ],
+            dim=1,
         ).norm(dim=1)
         factor = factors(norms, self.normalizer, self.threshold)
         finite = norms.isfinite()
