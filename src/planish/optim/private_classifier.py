@@ -149,10 +149,9 @@ class MNGPClassifier(base.ClassifierMixin, base.BaseEstimator):  # type: ignore[
             drawn = slice(None) if rate == 1 else random.random_sample(n) < rate
             a, length = rows[drawn], lengths[drawn]
             residual = self._residual(a @ W, targets[drawn])
-            norms = length * np.linalg.norm(residual, axis=1)
+            norms = length * (np.abs(residual[:, 0]) if width == 1 else np.linalg.norm(residual, axis=1))
             factor = factors(torch.from_numpy(norms), self.normalizer, tau).numpy()
-            finite = np.isfinite(norms)
-            summed = a[finite].T @ (residual * factor[:, None])[finite]
+            summed = a.T @ np.where(np.isfinite(norms)[:, None], residual * factor[:, None], 0.0)
             summed += random.normal(scale=z_sum * bound(self.normalizer, tau), size=W.shape)
             W = W - self.learning_rate * (summed / size + self.l2 * free * W)
             if follow:  # a sample moves the count of (below) - 1/2 by half a unit
