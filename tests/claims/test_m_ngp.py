@@ -50,7 +50,7 @@ def test_an_attack_stays_below_the_claim(added, record_claim):
     record_claim(audit_epsilon(*added, DELTA), EPSILON, at_least=False)
 
 
-@pytest.mark.claim("m_ngp", "the same, as a share: the account wastes little")
+@pytest.mark.claim("m_ngp", "share of the claimed epsilon that the attack proves, one sample more: little is wasted")
 def test_the_attack_comes_close(added, record_claim):
     record_claim(audit_epsilon(*added, DELTA) / EPSILON, 0.6)
 
