@@ -78,7 +78,7 @@ def test_normalizing_the_mean_instead_has_no_such_bound():
 # the exact formula, solved again by other means: mpmath at 40 digits
 @pytest.mark.parametrize("adjacency", ["add_remove", "replace"])
 @pytest.mark.parametrize(
-    ("epsilon", "delta", "steps"), [(0.5, 1e-5, 50), (1.0, 1e-5, 50), (4.0, 1e-9, 7), (20, 0.01, 1)]
+    ("epsilon", "delta", "steps"), [(0.5, 1e-5, 50), (1.0, 1e-5, 50), (4.0, 1e-9, 7), (20.0, 0.01, 1)]
 )
 def test_full_batches_take_exactly_the_noise_of_the_formula(epsilon, delta, steps, adjacency):
     mpmath = pytest.importorskip("mpmath")

@@ -136,7 +136,7 @@ class MNGPOptimizer(_dp.DPOptimizer):  # type: ignore[misc, name-defined]
         optimizer: Optimizer,
         *,
         noise_multiplier: float,
-        expected_batch_size: float | None,
+        expected_batch_size: int | float | None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         normalizer: Normalizer = "max1",
         threshold: float = 1.0,
