@@ -104,8 +104,8 @@ class ZeroChain:
         length: int,
         *,
         order: int = 1,
-        lipschitz: float | None = None,
-        eps: float | None = None,
+        lipschitz: int | float | None = None,
+        eps: int | float | None = None,
         rotation: Literal["none", "haar"] = "none",
         dim: int | None = None,
         generator: torch.Generator | None = None,
@@ -142,11 +142,11 @@ class ZeroChain:
     @classmethod
     def for_target(
         cls,
-        eps: float,
+        eps: int | float,
         *,
         order: int = 1,
-        delta: float = 1.0,
-        lipschitz: float = 1.0,
+        delta: int | float = 1.0,
+        lipschitz: int | float = 1.0,
         rotation: Literal["none", "haar"] = "none",
         generator: torch.Generator | None = None,
     ) -> "ZeroChain":
@@ -233,7 +233,7 @@ class ZeroChain:
         parts = [link(a, y, m, order - m) * s for m, s in enumerate(sums)]
         return self.height * torch.stack(torch.broadcast_tensors(*parts)).sum(0).sum(-1)
 
-    def progress(self, x: Float[Tensor, "*b dim"], threshold: float = 0.5) -> Int[Tensor, "*b"]:
+    def progress(self, x: Float[Tensor, "*b dim"], threshold: int | float = 0.5) -> Int[Tensor, "*b"]:
         """Return the index of the last coordinate beyond a threshold in size, 0 if there is none."""
         return progress(self.coordinates(x), threshold)
 
@@ -250,13 +250,13 @@ def chain_grad(y: Tensor) -> Tensor:
     return own + torch.cat([after, torch.zeros_like(y[..., :1])], -1)
 
 
-def progress(y: Tensor, threshold: float) -> Tensor:
+def progress(y: Tensor, threshold: int | float) -> Tensor:
     """Return the index (from 1) of the last coordinate beyond a threshold, 0 for none."""
     index = torch.arange(1, y.shape[-1] + 1)
     return ((y.abs() > threshold) * index).amax(-1)
 
 
-def chain_length(eps: float, *, order: int, delta: float, lipschitz: float, hidden: bool) -> int:
+def chain_length(eps: int | float, *, order: int, delta: int | float, lipschitz: int | float, hidden: bool) -> int:
     """Return how many doors fit under a gap and a smoothness; the caller's arguments are checked here.
 
     Raises:

@@ -95,7 +95,7 @@ class StochasticOracle:
     """
 
     def __init__(
-        self, chain: ZeroChain, success: float, *, smooth: bool = False, generator: torch.Generator | None = None
+        self, chain: ZeroChain, success: int | float, *, smooth: bool = False, generator: torch.Generator | None = None
     ) -> None:
         if chain.basis is not None:
             raise bad("StochasticOracle", "chain", "plain, not rotated", chain.rotation)
@@ -147,7 +147,7 @@ def step(t: Tensor) -> Tensor:
     return (integral(t.clamp(0.25, 0.5)) / whole).clamp(0.0, 1.0)
 
 
-def geometric_queries(length: int, success: float) -> tuple[float, float]:
+def geometric_queries(length: int, success: int | float) -> tuple[float, float]:
     """Return mean and standard deviation of the queries that T doors need, each opened with probability q.
 
     Args:

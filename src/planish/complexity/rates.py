@@ -50,22 +50,22 @@ class QueryLowerBound:
     queries: int
     asymptotic: float
     length: int
-    success: float
+    success: int | float
     dimension: int
-    exponent: float
+    exponent: int | float
     formula: str
     matched_by: str
     speed_up: str = "none"
 
 
 def query_lower_bound(
-    eps: float,
+    eps: int | float,
     setting: Setting = "order_p",
     *,
     order: int = 1,
-    delta: float = 1.0,
-    lipschitz: float = 1.0,
-    sigma: float = 1.0,
+    delta: int | float = 1.0,
+    lipschitz: int | float = 1.0,
+    sigma: int | float = 1.0,
     model: Literal["zero_respecting", "classical", "quantum"] = "classical",
 ) -> QueryLowerBound:
     """Return how many queries finding a point with gradient norm <= eps takes at least, on the worst function.

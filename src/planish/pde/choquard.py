@@ -94,15 +94,15 @@ class ChoquardProblem:
         self,
         potential: Callable[[Tensor], Tensor],
         *,
-        eps: float = 1.0,
+        eps: int | float = 1.0,
         dim: int = 1,
-        s: float = 0.5,
-        q: float = 4.0,
-        mu: float = 0.5,
+        s: int | float = 0.5,
+        q: int | float = 4.0,
+        mu: int | float = 0.5,
         nonlinearity: Nonlinearity | None = None,
-        half_width: float = 40.0,
+        half_width: int | float = 40.0,
         n: int = 801,
-        lowest: float | None = None,
+        lowest: int | float | None = None,
     ) -> None:
         where = "ChoquardProblem"
         if dim not in {1, 2}:
@@ -251,9 +251,9 @@ class ChoquardProblem:
         return float(self._edge(v).abs().max() / v.abs().max())
 
 
-def root(f: Callable[[float], float], low: float, high: float, *, tol: float = 1e-14) -> float:
+def root(f: Callable[[float], float], low: int | float, high: int | float, *, tol: int | float = 1e-14) -> float:
     """Return the root of an increasing function between two points of opposite sign, by Chandrupatla's method."""
-    a, b = high, low
+    a, b = float(high), float(low)
     fa, fb = f(a), f(b)
     if fa == 0 or fb == 0:
         return a if fa == 0 else b

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ _MOST = 600.0  # exp beyond is out of range soon
 _SERIES = 0.3  # below, exp less its first terms is summed as a series
 
 
+@runtime_checkable
 class Nonlinearity(Protocol):
     """What a problem needs of a nonlinearity; `growth` is the power of its first term at 0.
 
@@ -48,7 +49,7 @@ class PowerNonlinearity:
         [0.0, 3.0]
     """
 
-    power: float = 2.0
+    power: int | float = 2.0
 
     def __post_init__(self) -> None:
         """Check the argument."""
@@ -89,10 +90,10 @@ class ExpNonlinearity:
         True
     """
 
-    amplitude: float = 10.0
-    beta: float = 1.0
+    amplitude: int | float = 10.0
+    beta: int | float = 1.0
     terms: int = 2
-    exponent: float = 2.0
+    exponent: int | float = 2.0
 
     def __post_init__(self) -> None:
         """Check the arguments."""

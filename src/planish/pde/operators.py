@@ -26,7 +26,7 @@ from planish._support import bad
 _SERIES = 100  # grid distances from which a second difference of powers is summed as a series
 
 
-def classical_constant(dim: int, s: float) -> float:
+def classical_constant(dim: int, s: int | float) -> float:
     """Return c with (-Delta)^s u = c PV int (u(x) - u(y)) / |x - y|^(dim + 2 s) dy.
 
     Args:
@@ -47,7 +47,7 @@ def classical_constant(dim: int, s: float) -> float:
     return float(4**s * math.gamma(dim / 2 + s) / (math.pi ** (dim / 2) * abs(math.gamma(-s))))
 
 
-def hat_moments(n: int, step: float, power: float) -> Tensor:
+def hat_moments(n: int, step: int | float, power: int | float) -> Tensor:
     """Return the integrals of z^power against the hat functions around step, 2 step, ..., n step; power > -2."""
     k = torch.arange(0, n + 2, dtype=torch.float64)
     second = k ** (power + 2) / ((power + 1) * (power + 2))
@@ -59,7 +59,7 @@ def hat_moments(n: int, step: float, power: float) -> Tensor:
     return torch.where(k < _SERIES, exact, series) * float(step ** (power + 1))
 
 
-def even_convolve(weights: Float[Tensor, " n"], u: Float[Tensor, "*b n"], *, centre: float = 0.0) -> Tensor:
+def even_convolve(weights: Float[Tensor, " n"], u: Float[Tensor, "*b n"], *, centre: int | float = 0.0) -> Tensor:
     """Return sum_j w_|i-j| u_j, with w_0 = centre and w_k = weights[k - 1], by Fourier transforms."""
     n = u.shape[-1]
     kernel = u.new_zeros(2 * n)
@@ -71,7 +71,7 @@ def even_convolve(weights: Float[Tensor, " n"], u: Float[Tensor, "*b n"], *, cen
     return made
 
 
-def signed_power(d: Tensor, power: float) -> Tensor:
+def signed_power(d: Tensor, power: int | float) -> Tensor:
     """Return |d|^power sign(d), with a derivative of 0 at 0 for powers above 1."""
     return d.abs() ** power * d.sign()
 
@@ -79,7 +79,7 @@ def signed_power(d: Tensor, power: float) -> Tensor:
 class _Seminorm:
     """What line and plane share: checks, the choice of the path, and the operator as the energy's gradient."""
 
-    def __init__(self, where: str, s: float, r: float, step: float, n: int) -> None:
+    def __init__(self, where: str, s: int | float, r: int | float, step: int | float, n: int) -> None:
         if not 0 < s < 1:
             raise bad(where, "s", "in (0, 1)", s)
         if not r >= 2:
@@ -116,7 +116,7 @@ class FractionalLaplacian1D(_Seminorm):
         (4.935, 4.935)
     """
 
-    def __init__(self, n: int, step: float, *, s: float, r: float = 2.0, dense: bool = False) -> None:
+    def __init__(self, n: int, step: int | float, *, s: int | float, r: int | float = 2.0, dense: bool = False) -> None:
         super().__init__("FractionalLaplacian1D", s, r, step, n)
         power = r - 1 - s * r
         moments = hat_moments(n, step, power)
@@ -177,7 +177,7 @@ class FractionalLaplacian2D(_Seminorm):
         0.0
     """
 
-    def __init__(self, n: int, step: float, *, s: float, r: float = 2.0) -> None:
+    def __init__(self, n: int, step: int | float, *, s: int | float, r: int | float = 2.0) -> None:
         super().__init__("FractionalLaplacian2D", s, r, step, n)
         if not self.even:
             raise bad(self.where, "r", "2, 4 or 6", r)
@@ -232,12 +232,12 @@ class FractionalLaplacian2D(_Seminorm):
         return total / 4
 
 
-def _lattice(n: int, step: float) -> Tensor:
+def _lattice(n: int, step: int | float) -> Tensor:
     k = step * torch.arange(n, dtype=torch.float64)
     return torch.hypot(k[:, None], k[None, :])
 
 
-def cell_integrals(n: int, step: float, power: float) -> Float[Tensor, "n n"]:
+def cell_integrals(n: int, step: int | float, power: int | float) -> Float[Tensor, "n n"]:
     """Return the integrals of |z|^power over the cells around (i, j) step, i, j >= 0; power > -2; polar around zero."""
     nodes, weights = (torch.tensor(a) * step / 2 for a in np.polynomial.legendre.leggauss(6))
     at = (step * torch.arange(n, dtype=torch.float64))[:, None] + nodes

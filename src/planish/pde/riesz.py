@@ -32,7 +32,7 @@ class RieszPotential:
         (3.625, 3.626)
     """
 
-    def __init__(self, n: int, step: float, mu: float, *, dim: int = 1) -> None:
+    def __init__(self, n: int, step: int | float, mu: int | float, *, dim: int = 1) -> None:
         if dim not in {1, 2}:
             raise bad("RieszPotential", "dim", "1 or 2", dim)
         if not 0 < mu < dim:

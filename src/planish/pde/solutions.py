@@ -47,9 +47,9 @@ def find_solutions(
     problem: ChoquardProblem,
     starts: Iterable[Sequence[float] | Tensor],
     *,
-    tol: float = 1e-6,
+    tol: int | float = 1e-6,
     max_iter: int = 500,
-    apart: float = 0.1,
+    apart: int | float = 0.1,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[GroundState]:
     """Solve from several starts and return the solutions that differ, lowest energy first.
@@ -123,7 +123,7 @@ class Sweep:
     states: tuple[GroundState, ...]
     problems: tuple[ChoquardProblem, ...]
     well: tuple[float, ...]
-    level: float
+    level: int | float
 
     @property
     def distances(self) -> tuple[float, ...]:
@@ -192,8 +192,8 @@ def concentration_sweep(
     eps: Sequence[float],
     well: Sequence[float],
     *,
-    level: float,
-    tol: float = 1e-6,
+    level: int | float,
+    tol: int | float = 1e-6,
     max_iter: int = 500,
     progress: Callable[[int, float], None] | None = None,
 ) -> Sweep:

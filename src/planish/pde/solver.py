@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from planish._support import NotConverged, bad
 from planish.pde.choquard import ChoquardProblem
 
 
+@runtime_checkable
 class Functional(Protocol):
     """An energy whose rays have one highest point each; `integral` weights its grid.
 
@@ -76,7 +77,7 @@ def minimize_on_nehari(
     functional: Functional,
     v0: Float[Tensor, "*grid"],
     *,
-    tol: float = 1e-6,
+    tol: int | float = 1e-6,
     max_iter: int = 500,
     progress: Callable[[int, float], None] | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
@@ -170,7 +171,7 @@ def solve_ground_state(
     problem: ChoquardProblem,
     start: Float[Tensor, "*grid"] | Sequence[float] | None = None,
     *,
-    tol: float = 1e-6,
+    tol: int | float = 1e-6,
     max_iter: int = 500,
     preconditioned: bool = True,
     progress: Callable[[int, float], None] | None = None,
