@@ -265,3 +265,11 @@ def test_version():
     from planish import __version__
 
     assert run("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize("method", ["svdquant", "nipq", "evol-q"])
+def test_every_method_writes_what_evaluate_reads(method, model, text, tmp_path):
+    options = ("--method", method, "--data", text, "--tokens", 128, "--eval-tokens", 0, "--window", 32)
+    run("quantize", model, tmp_path / "out", *options, "--device", "cpu")
+    found = run("evaluate", tmp_path / "out", "--data", text, "--tokens", 128, "--window", 32, "--json")
+    assert json.loads(found.stdout)["tokens"] == 4 * 31
