@@ -3,6 +3,7 @@
 Legend: n rows; m levels; k values of a row.
 """
 
+import abc
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,14 @@ def pinball(y: Array, curves: Array, levels: Array) -> Array:
     return np.asarray(np.maximum(levels * z, (levels - 1) * z).mean(1), np.float64)
 
 
-class ConditionalDistribution:
+class ConditionalDistribution(abc.ABC):
     """The part of `QuantileProcessRegressor` that follows from `_curves(X, levels, slopes=...)` alone."""
 
     y_scale_: float
 
+    @abc.abstractmethod
     def _curves(self, X: Any, levels: Array, *, slopes: bool = False) -> Array:  # noqa: ANN401
-        raise NotImplementedError
+        """Return the quantiles of each row, (n, levels), or their slopes."""
 
     def predict(self, X: Any, quantiles: Any = None, *, rearrange: bool = False) -> Array:  # noqa: ANN401
         """Predict conditional quantiles.
