@@ -37,7 +37,7 @@ class Size:
 
 NAMES = (
     "rtn", "smoothing", "hadamard", "hadamard, clipped", "smoothing + hadamard, clipped", "duquant",
-    "duquant + branch of rank 16", "duquant + gptq",
+    "duquant + branch of rank 16",
 )  # fmt: skip
 """What a full run takes; variants run by name, with --only."""
 

@@ -327,8 +327,8 @@ def decode(results: Results, benchmark: str) -> str:
 
 def rows(results: Results, benchmark: str) -> str:
     """Return all rows of a benchmark that has no table of its own making."""
-    run, command = results.newest(benchmark), benchmark.replace("-", " --suite ", 1)
-    return _unmeasured(command) if run is None else pivot(run, command)
+    run = results.newest(benchmark)
+    return _unmeasured(benchmark) if run is None else pivot(run, benchmark)
 
 
 def render(name: str, results: Results) -> str:
