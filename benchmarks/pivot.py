@@ -12,6 +12,11 @@ def number(value: float) -> str:
     return f"{value:.1e}"
 
 
+def command_of(benchmark: str) -> str:
+    """Return what runs a benchmark: a suite's results are kept under NAME-SUITE."""
+    return f"python -m benchmarks {benchmark.replace('-', ' --suite ')}"
+
+
 def _cell(row: Mapping[str, Any]) -> str:
     text = number(row["value"])
     if row["low"] is not None and row["high"] is not None:
@@ -46,6 +51,5 @@ def pivot(run: Mapping[str, Any], benchmark: str) -> str:
     parts = [_table(case, [row for row in run["rows"] if row["case"] == case]) for case in cases]
     notes = [note for note in dict.fromkeys(row["note"] for row in run["rows"]) if note]
     skipped = [f"Not run: {name}: {why}." for name, why in run["skipped"].items()]
-    command = benchmark.replace("-", " --suite ")
-    where = f"{run['machine']['cpu']}, {run['date']}; made by `python -m benchmarks {command}`."
+    where = f"{run['machine']['cpu']}, {run['date']}; made by `{command_of(benchmark)}`."
     return "\n".join(parts) + "\n" + " ".join([*notes, *skipped, where]) + "\n"

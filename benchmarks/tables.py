@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.pivot import pivot
+from benchmarks.pivot import command_of, pivot
 from benchmarks.subjects import SUBJECTS
 
 HEADLINE = "SmolLM2-135M, 4 bits, groups of 64"
@@ -53,8 +53,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _unmeasured(benchmark: str) -> str:
-    command = benchmark.replace("-", " --suite ")
-    return f"Nothing has been measured yet: `python -m benchmarks {command}` fills this table.\n"
+    return f"Nothing has been measured yet: `{command_of(benchmark)}` fills this table.\n"
 
 
 def _pick(run: Mapping[str, Any], case: str) -> dict[str, dict[str, dict[str, Any]]]:

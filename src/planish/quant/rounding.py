@@ -95,11 +95,19 @@ class Clip:
         importance = site.moments.second_moment
         if site.online is not None:
             raise bad("Clip", "site", "one whose transform was folded", site.name)
-        layers: dict[str, nn.Module] = {}
-        for name, weight in site.weights.items():
-            limits = best_limits(weight, affine("Clip", method.weight), importance, self.steps, self.least)
-            layers[name] = layer_of(site, name, method.weight.encode(weight, limits=limits), method)
-        return layers
+        return clipped("Clip", site, method, importance, self.steps, self.least)
+
+
+def clipped(
+    where: str, site: Site, method: "Method", importance: Tensor | None, steps: int, least: float
+) -> dict[str, nn.Module]:
+    """Round a site's weights within the ranges that lose least; each channel counts with its importance, or alike."""
+    grid, layers = affine(where, method.weight), dict[str, nn.Module]()
+    for name, weight in site.weights.items():
+        counted = weight.new_ones(weight.shape[1]) if importance is None else importance
+        limits = best_limits(weight, grid, counted, steps, least)
+        layers[name] = layer_of(site, name, grid.encode(weight, limits=limits), method)
+    return layers
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,11 @@ from planish.quant.calls import moved_to, token_mask
 from planish.quant.engine import Method
 from planish.quant.evolution import RegularizedTournament
 from planish.quant.fitness import LOSSES, Loss, loss_of
-from planish.quant.formats import Affine, affine
+from planish.quant.formats import Affine
 from planish.quant.layers import QLinear
 from planish.quant.precision import Dense
 from planish.quant.refinement import AskTell, Objective, Refinement, refine
-from planish.quant.rounding import best_limits, layer_of
+from planish.quant.rounding import clipped
 from planish.quant.scales import Scope, find_scales
 from planish.quant.sites import Site, weight_of
 from planish.quant.stream import Block, call_model, first_tensor
@@ -335,13 +335,7 @@ class ClipWeight:
 
     def __call__(self, site: Site, method: Method) -> dict[str, nn.Module]:
         """Round the site's weights."""
-        layers: dict[str, nn.Module] = {}
-        grid = affine("ClipWeight", method.weight)
-        for name, weight in site.weights.items():
-            alike = weight.new_ones(weight.shape[1])
-            limits = best_limits(weight, grid, alike, self.steps, self.least)
-            layers[name] = layer_of(site, name, grid.encode(weight, limits=limits), method)
-        return layers
+        return clipped("ClipWeight", site, method, None, self.steps, self.least)
 
 
 def evol_q(
