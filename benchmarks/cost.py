@@ -11,8 +11,8 @@ from statistics import median
 from safetensors.torch import save_file
 
 from benchmarks import data
-from benchmarks.harness import Row, cores
-from benchmarks.subjects import Case, Subject, chosen, run, unable
+from benchmarks.harness import Row
+from benchmarks.subjects import Case, Subject, chosen, timed, unable
 
 COMPARED = ("smoothquant+", "smoothquant+ by layer", "awq (ours)", "best", "llm-compressor awq")
 BASELINE = "llm-compressor awq"
@@ -37,19 +37,21 @@ def rows(
     against: tuple[str, ...] | None = None,
     only: tuple[str, ...] | None = None,
     skipped: dict[str, str] | None = None,
+    fresh: bool = False,
     **_: object,
 ) -> Iterator[Row]:
-    """Yield minimum, median and ratio to llm-compressor's AWQ of each subject's costs; nothing is read from a cache.
+    """Yield minimum, median and ratio to llm-compressor's AWQ of each subject's costs; a stopped series goes on.
 
     Args:
         quick: One round on few tokens.
         against: Only rivals whose name holds one of these; None for all.
         only: Only the subjects with these names; None for all.
         skipped: Filled with who could not run, and why.
-        **_: What other benchmarks are asked beside this: a cost has one grid and one model, and no cache.
+        fresh: Measure again what an earlier run of the same code left in the cache.
+        **_: What other benchmarks are asked beside this: a cost has one grid and one model.
     """
     skipped = {} if skipped is None else skipped
-    shape, rounds = ((4, 128), 1) if quick else ((32, 512), 3)
+    shape, rounds = ((4, 128), 1) if quick else ((16, 512), 3)
     case = Case("SmolLM2-135M", 4, 64)
     model = data.language_model()
     calibration = data.windows(model, *shape, evaluation=False)
@@ -63,12 +65,12 @@ def rows(
         elif name in COMPARED:
             skipped[name] = reason or ""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
-    for _ in range(rounds):
+    for take in range(rounds):
         for name, subject in subjects.items():
             if name in skipped:
                 continue
             try:
-                runs[name].append(_measured(run(subject, case, model, tokens, None, threads=cores())))
+                runs[name].append(_measured(timed(subject, case, model, tokens, take, fresh=fresh)))
             except RuntimeError as error:
                 skipped[name] = str(error)
     title = f"{case.name}, {calibration.source}, {rounds} round{'s' * (rounds > 1)}"

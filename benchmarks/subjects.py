@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import data
-from benchmarks.harness import REUSE_MEMORY, ROOT, write_json
+from benchmarks.harness import REUSE_MEMORY, ROOT, cores, write_json
 
 logger = logging.getLogger("benchmarks")
 
@@ -149,6 +149,21 @@ def _sources(subject: Subject) -> str:
     for path in (driver, *files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def timed(subject: Subject, case: Case, model: Path, tokens: Path, take: int, *, fresh: bool) -> dict[str, Any]:
+    """Run a driver once with all cores and keep its line, so that a long series of takes can be stopped and resumed."""
+    what = asdict(subject) | asdict(case) | {"tokens": tokens.name, "take": take, "weights": data.fingerprint(model)}
+    what |= {"sources": _sources(subject)}
+    key = sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    path = data.cache_dir() / "benchmarks" / f"{key}.json"
+    if not fresh and path.exists():
+        return json.loads(path.read_text())["line"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("take %d: %s %s", take, subject.driver, subject.method)
+    line = run(subject, case, model, tokens, None, threads=cores())
+    write_json(path, {"what": what, "line": line})
+    return line
 
 
 Score = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
