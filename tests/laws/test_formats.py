@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.quant.formats import FP4, Affine, Dual, QTensor, format_from_dict
+from planish.quant.act_formats import Dual, Static, format_from_dict
+from planish.quant.formats import FP4, Affine, QTensor
 from planish.quant.packing import n_words, pack, unpack
 
 EXACT = [Affine(b, g, s, scale_dtype="float64") for b in (1, 2, 3, 4, 5, 8) for g in (8, None) for s in (False, True)]

@@ -7,6 +7,7 @@ leaves plain round-to-nearest behind; `duquant()` and `svdquant()` round activat
 
 from collections.abc import Callable
 
+from planish.quant.act_formats import Dual, Static
 from planish.quant.candidates import search
 from planish.quant.checkpoint import inspect, load, round_kept, save
 from planish.quant.conv import QConv
@@ -14,7 +15,7 @@ from planish.quant.decoder import Decoder
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.evaluation import Evaluation, compare, evaluate
-from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
+from planish.quant.formats import FP4, Affine, Format, QTensor
 from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
 from planish.quant.low_rank import LowRank
@@ -60,6 +61,7 @@ __all__ = [
     "QTensor",
     "Report",
     "SafetensorsWeights",
+    "Static",
     "assemble",
     "awq",
     "best",

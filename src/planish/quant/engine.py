@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from planish._support import bad, warn_once
 from planish.quant import fold
-from planish.quant.conv import in_place_of, is_conv
+from planish.quant.conv import is_conv
 from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format, Weight
 from planish.quant.layers import QLinear
 from planish.quant.moments import measure
+from planish.quant.parts import Segments, in_place_of
 from planish.quant.precision import Dense, restore, round_off
 from planish.quant.record import Record
 from planish.quant.report import BlockReport, Report
@@ -219,7 +220,7 @@ def place(block: Block, layers: dict[str, nn.Module]) -> None:
     """Put rounded layers into a block, as dense stand-ins where that computes the same."""
     for name, layer in layers.items():
         there = block.module.get_submodule(name)
-        if isinstance(layer, QLinear):  # one from a journal does not know yet what it replaces
+        if isinstance(layer, QLinear | Segments):  # one from a journal does not know yet what it replaces
             layer = in_place_of(there, layer)  # noqa: PLW2901
         round_off(layer, block.stored, prefix=name + ".")
         block.finished[name] = layer

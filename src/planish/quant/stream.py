@@ -332,12 +332,16 @@ def _lists(model: nn.Module) -> list[tuple[int, str, nn.ModuleList]]:
 
 def call_model(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
     """Call a model on a batch: a dict by name, a tuple or list by position, anything else as it is."""
+    args, kwargs = call_arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+    """Return the arguments, by position and by name, with which a model is called on a batch."""
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     if isinstance(batch, Mapping):
-        return model(**batch, **extra)
-    if isinstance(batch, tuple | list):
-        return model(*batch, **extra)
-    return model(batch, **extra)
+        return (), {**batch, **extra}
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,), extra
 
 
 def first_tensor(output: Any) -> Tensor:  # noqa: ANN401
