@@ -128,7 +128,7 @@ class Affine(Format):
 
     def __repr__(self) -> str:
         """Return the fields; `clip` and `per_tensor` only where they do something."""
-        silent = {name for name, value in _LATER.items() if getattr(self, name) == value}
+        silent = {name for name, value in _LATER.items() if getattr(self, name, None) == value}
         shown = [f for f in self.__dataclass_fields__ if f not in silent]
         return f"Affine({', '.join(f'{f}={getattr(self, f)!r}' for f in shown)})"
 

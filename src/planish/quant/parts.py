@@ -54,7 +54,7 @@ class Segments(nn.Module):
 
     @classmethod
     def split(cls, layer: nn.Module, mode: str, sizes: Sequence[int]) -> "Segments":
-        """Cut a float layer; the parts hold views of its weight, the first of columns the whole bias.
+        """Cut a float layer, which stays as it is; of columns the first part holds the bias.
 
         Args:
             layer: A dense layer, or a convolution without groups of channels.
@@ -79,11 +79,11 @@ class Segments(nn.Module):
         bias = cast(Tensor | None, getattr(layer, "bias", None))
         parts: list[nn.Module] = []
         for start, size in zip(starts(sizes), sizes, strict=True):
-            rows = weight.narrow(0 if mode == "output" else 1, start, size).detach()
+            rows = weight.detach().narrow(0 if mode == "output" else 1, start, size).clone()
             if mode == "output":
-                own = None if bias is None else bias[start : start + size].detach()
+                own = None if bias is None else bias[start : start + size].detach().clone()
             else:
-                own = None if bias is None or start else bias.detach()
+                own = None if bias is None or start else bias.detach().clone()
             parts.append(_like(layer, rows, own))
         return cls(parts, mode).train(layer.training)
 
