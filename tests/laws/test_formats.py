@@ -18,7 +18,8 @@ STORED = [
 ]
 RAGGED = [Affine(4, 8, ragged=True), Affine(3, 16, symmetric=True, ragged=True, scale_dtype="float32")]
 AFFINE = EXACT + STORED + RAGGED
-FORMATS = [*AFFINE, FP4(16), FP4(8), Dual(8), Dual(2), Dual(4)]
+TIED = [Affine(8, None, True, scale_dtype="float32", per_tensor=True), Affine(4, 8, per_tensor=True)]
+FORMATS = [*AFFINE, *TIED, FP4(16), FP4(8), Dual(8), Dual(2), Dual(4), Dual(8, unsigned=True), Dual(3, unsigned=True)]
 ids = repr
 
 
@@ -79,8 +80,8 @@ def test_the_error_is_at_most_half_a_step_inside_the_range(form, x):
 def representable(form, q):
     """Lowest and highest value the codes of each element's group can stand for."""
     if isinstance(form, Dual):
-        half = 1 << (form.bits - 1)
-        return -half * q.scale[..., :1].double(), (half - 1) * q.scale[..., 1:].double()
+        below, above = form.last
+        return -below * q.scale[..., :1].double(), above * q.scale[..., 1:].double()
     _, scale = steps(form, q)
     if isinstance(form, FP4):
         return -6 * scale, 6 * scale
@@ -196,7 +197,8 @@ def test_codes_lie_in_the_row_s_bit_stream(bits, columns, seed):
 def test_leading_axes_are_rows(form):
     x = batch(1, 12, 48, "normal").float()
     q = form.encode(x.reshape(2, 3, 2, 48))
-    assert q.shape == (2, 3, 2, 48) and q.codes.dtype == torch.uint8
+    assert q.shape == (2, 3, 2, 48) 
+    assert q.codes.dtype == (torch.int16 if getattr(form, "unsigned", False) else torch.uint8)  # nine bits
     assert torch.equal(q.codes.reshape(12, 48), form.encode(x).codes)
     assert torch.equal(form.decode(q).reshape(12, 48), form.decode(form.encode(x)))
 
@@ -351,5 +353,49 @@ def test_more_bits_never_cost_accuracy():
 )  # fmt: skip
 @pytest.mark.refuses
 def test_bad_arguments(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+# ranges known beforehand
+
+STATIC = [
+    Static(grid, low, 2.0) for low in (-1.5, 0.0)
+    for grid in (Affine(8, None, True, scale_dtype="float32"), Affine(4, None, scale_dtype="float64"), Dual(8), Dual(4, unsigned=True))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", STATIC, ids=ids)
+def test_a_fixed_range_is_that_of_its_grid_with_these_limits_and_tokens_do_not_matter_to_each_other(form):
+    x = batch(3, 6, 32, "normal").clamp(-1.5, 2)
+    limits = torch.full((6, 1), form.low).double(), torch.full((6, 1), form.high).double()
+    assert torch.equal(form.fake(x), form.grid.fake(x, limits=limits))
+    q = form.encode(x)
+    assert q.scale.shape[:-1] == (6,) and torch.equal(form.decode(q).to(x.dtype), form.fake(x))
+    assert torch.equal(form.fake(x)[2:3], form.fake(x[2:3]))
+    assert (form.fake(torch.zeros(1, 4)) == 0).all() and form.fake(torch.full((1, 4), 99.0)).max() <= 2.02
+    assert form == format_from_dict(form.to_dict()) and hash(form) == hash(format_from_dict(form.to_dict()))
+
+
+def test_one_scale_a_tensor_is_the_largest_of_its_rows():
+    x = batch(4, 5, 32, "outliers")
+    rows, tied = Affine(4, None, True, scale_dtype="float64"), Affine(4, None, True, scale_dtype="float64", per_tensor=True)
+    assert (tied.encode(x).scale == rows.encode(x).scale.max()).all() and tied.encode(x).scale.shape == (5, 1)
+    assert "per_tensor" not in Affine().to_dict() and repr(tied).endswith("per_tensor=True)")
+    assert tied == format_from_dict(tied.to_dict()) != rows
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Static(Affine(8, 32), -1.0, 1.0), r"Static: `grid` must be Dual, or Affine with group_size=None; got"),
+        (lambda: Static(FP4(16), -1.0, 1.0), "`grid`"),
+        (lambda: Static(Dual(8), 0.5, 1.0), r"Static: `low` must be finite and at most 0; got 0.5"),
+        (lambda: Static(Dual(8), -1.0, float("inf")), r"Static: `high` must be finite and at least 0; got inf"),
+        (lambda: format_from_dict({"kind": "Static", "grid": {"kind": "FP4"}, "low": 0.0, "high": 0.0}), "`grid`"),
+        (lambda: format_from_dict({"kind": ["Dual"]}), "`description`"),
+    ],
+)
+def test_ranges_that_cannot_be_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()

@@ -181,6 +181,11 @@ class Segmented:
         if not 0 <= self.pays < 1:
             raise bad("Segmented", "pays", "a float in [0, 1)", self.pays)
 
+    @property
+    def sees_clean(self) -> bool:
+        """Whether the inner step wants to see the float model's inputs beside the quantized model's."""
+        return bool(getattr(self.inner, "sees_clean", False))
+
     def has_choice(self, site: Site) -> bool:
         """Tell whether a layer of a site may be cut, or its inputs coded by sign."""
         names = [full_name(site, name) for name in site.consumers]
@@ -272,12 +277,20 @@ class Segmented:
             low, high = pool.low[inside], pool.high[inside]
             if transform is not None:
                 fold.apply(bench, transform, part, online=True)
-                low, high = transform(low[None])[0], transform(high[None])[0]
+                low, high = _moved(transform, low, high, [x for x in pool.rows if len(x)], inside)
             step = self.inner.inner if site.convolution and isinstance(self.inner, LowRank) else self.inner
             made = step(part, replace(method, act=fixed(method.act, self.static, low, high)))
             parts.append(cast(QLinear, made[part.kind]))
         layer = joined(parts, segment.mode, module)
         return _Trial(form, layer, _error(layer, module, pool), segment, method.act)
+
+
+def _moved(transform: Transform, low: Tensor, high: Tensor, rows: list[Tensor], inside: slice) -> tuple[Tensor, Tensor]:
+    """Return the ranges of channels behind a transform: exactly where it scales them, else those of the sample."""
+    if transform.diagonal:
+        return transform(low[None])[0], transform(high[None])[0]
+    made = torch.cat([transform(x[..., inside]) for x in rows])
+    return made.amin(0), made.amax(0)
 
 
 def full_name(site: Site, name: str) -> str:
