@@ -352,7 +352,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     found = directory.read(Path(path))
     formats: dict[str, int] = {}
-    for layer in found.layers.values():
+    parts = [p for q in found.layers.values() for p in q.modules() if isinstance(p, QLinear)]
+    for layer in parts:
         text = str(layer.format) + (f", inputs {layer.act}" if layer.act is not None else "")
         formats[text] = formats.get(text, 0) + 1
     quantized = sum(t.nbytes for q in found.layers.values() for t in q.state_dict().values())
@@ -368,7 +369,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "parameters": weights + sum(t.numel() for t in found.tensors.values()),
         "bits_per_weight": 8 * quantized / weights if weights else None,
         "formats": formats,
-        "transforms": sum(q.transform is not None for q in found.layers.values()),
-        "low_rank": sum(q.down is not None for q in found.layers.values()),
+        "transforms": sum(q.transform is not None for q in parts),
+        "low_rank": sum(q.down is not None for q in parts),
         "float_layers": found.ignore,
     }
