@@ -13,6 +13,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.optim      minimize what is steep, or has a Hessian
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
+    planish.diffusion  make diffusion models fast
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
@@ -24,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
-_ROOMS = ("complexity", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression", "tune")
+_ROOMS = ("complexity", "diffusion", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression", "tune")
 _VERBS = ("evaluate", "load", "quantize", "save")
+# Pipelines of diffusers look for a part's class, and for the base class that knows how to load it, right here.
+_PIPELINE_PARTS = {"Pixels": "planish.diffusion", "ModelMixin": "diffusers", "SchedulerMixin": "diffusers"}
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
 
@@ -40,6 +43,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562: any public name)
         return importlib.import_module(f"planish.{name}")
     if name in _VERBS:
         return getattr(importlib.import_module("planish.quant"), name)
+    if name in _PIPELINE_PARTS:
+        return getattr(importlib.import_module(_PIPELINE_PARTS[name]), name)
     raise AttributeError(f"module 'planish' has no attribute {name!r}")
 
 
