@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
-_ROOMS = ("complexity", "diffusion", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression", "tune")
+_ROOMS = (
+    "complexity", "diffusion", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression",
+    "tune",
+)  # fmt: skip
 _VERBS = ("evaluate", "load", "quantize", "save")
-# Pipelines of diffusers look for a part's class, and for the base class that knows how to load it, right here.
-_PIPELINE_PARTS = {"Pixels": "planish.diffusion", "ModelMixin": "diffusers", "SchedulerMixin": "diffusers"}
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
 
@@ -43,8 +44,6 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562: any public name)
         return importlib.import_module(f"planish.{name}")
     if name in _VERBS:
         return getattr(importlib.import_module("planish.quant"), name)
-    if name in _PIPELINE_PARTS:
-        return getattr(importlib.import_module(_PIPELINE_PARTS[name]), name)
     raise AttributeError(f"module 'planish' has no attribute {name!r}")
 
 
