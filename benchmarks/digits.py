@@ -23,7 +23,7 @@ from planish.diffusion.denoisers import digits_dit, digits_unet, sample, train_d
 from planish.linalg import frechet_distance
 
 TRAINED_ON = 1437
-STEPS = {"dit": (1000, 128, 1e-3), "unet": (1200, 64, 2e-3)}  # steps, batch, learning rate
+STEPS = {"dit": (700, 128, 1e-3), "unet": (700, 64, 2e-3)}  # steps, batch, learning rate
 GUIDANCE, SAMPLING_STEPS, SAMPLES = 1.5, 10, 300
 PLANTED, FACTOR = 3, 30.0
 
