@@ -313,4 +313,5 @@ def digits_pipeline(model: nn.Module) -> Any:  # noqa: ANN401
         raise TypeError(f"digits_pipeline: `model` must be a diffusers.DiTTransformer2DModel; got {kind}.")
     from planish.diffusion.pixels import Pixels  # noqa: PLC0415  (its bases are those of diffusers)
 
-    return diffusers.DiTPipeline(transformer=model, vae=Pixels(), scheduler=digits_scheduler())
+    names = dict(enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")))
+    return diffusers.DiTPipeline(transformer=model, vae=Pixels(), scheduler=digits_scheduler(), id2label=names)
