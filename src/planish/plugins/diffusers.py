@@ -10,6 +10,7 @@ The program that is passed is the calibration: whatever it asks of the denoiser,
 guidance that it really uses, is what the layers are fitted to.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -352,3 +353,6 @@ def _errors(model: nn.Module, calls: Calls) -> dict[float, float]:
 if "planish" not in _auto.AUTO_QUANTIZER_MAPPING:  # a second import, under another name or after a reload
     _auto.AUTO_QUANTIZER_MAPPING["planish"] = PlanishQuantizer
     _auto.AUTO_QUANTIZATION_CONFIG_MAPPING["planish"] = PlanishConfig
+
+# diffusers loads a part of a pipeline only from modules that somebody imported before.
+importlib.import_module("planish.diffusion.pixels")
