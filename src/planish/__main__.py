@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 P = ParamSpec("P")
 MODEL = "A model directory, a GGUF file, a hub name, or the word `default`: the small model that comes with planish."
+PIPELINE = MODEL.replace("model directory", "model or pipeline directory", 1)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 ...")]
 Tokens = Annotated[int, typer.Option(min=2, help="How many tokens to read.")]
@@ -161,7 +162,7 @@ def demo(
 
 @command
 def quantize(
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=PIPELINE)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to be written; it must not exist yet.")],
     method: Annotated[
         str, typer.Option(help="best, smoothquant+, awq, gptq, rtn, duquant, svdquant, evol-q, nipq.")
@@ -179,10 +180,21 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on where an interrupted run stopped.")] = True,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    images: Annotated[int, typer.Option(min=1, help="A pipeline: pictures to calibrate on.")] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, help="A pipeline: steps of its sampler.")] = None,
 ) -> None:
     """Quantize a model to a new directory, with a report beside it; killed, it goes on."""
     aloud, console = Console(stderr=True), Console()
     _new(out)
+    if (Path(model).expanduser() / "model_index.json").is_file():
+        from planish.plugins import pipeline_job  # noqa: PLC0415
+
+        task = pipeline_job.PipelineJob(Path(model).expanduser(), model, out, method, bits, group_size, act_bits,
+                                        images, steps, not resume, _device(device), dtype)  # fmt: skip
+        with _bars(aloud) as progress:
+            told = pipeline_job.run(task, say=lambda text: aloud.print(f"[dim]{_plain(text)}[/dim]"), progress=progress)
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        return
     with aloud.status("opening the model (a GGUF file is expanded once, which takes about a minute)"):
         from planish.quant import jobs, sources  # noqa: PLC0415
 
