@@ -24,6 +24,7 @@ NAMES = (
     "hardness",
     "choquard",
     "noise",
+    "segments",
     "activations",
     "private",
     "serve",

@@ -101,7 +101,7 @@ class Method:
     def folds(self) -> bool:
         """Whether a transform may want to go into the layer before; else nobody looks for such layers."""
         wants = self.transform is not no_transform and getattr(self.transform, "fold", True)
-        return wants or self.plan is not no_plan
+        return wants or getattr(self.plan, "folds", self.plan is not no_plan)
 
     def __repr__(self) -> str:
         """Return the provenance: every step that differs from doing nothing, the same in every process."""

@@ -226,7 +226,7 @@ def test_transformers_reads_cut_layers_through_our_plugin(tmp_path):
     report = quantize(model, batches, segquant(pays=0.0, shared=False))
     assert any(n["form"] != "whole" for b in report.blocks for n in b.notes.values())
     assert any(isinstance(m, Segments) for m in model.modules())
-    save(model, tmp_path / "phi", report=report)
+    save(model, tmp_path / "phi", layout="planish", report=report)
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "phi")
     assert torch.equal(twin(**batches[0]).logits, model(**batches[0]).logits)
 

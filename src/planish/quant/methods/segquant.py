@@ -68,6 +68,8 @@ class SmoothAlpha:
         steps: Strengths tried, evenly from 0 to 1, at least 2. Default 11, as published.
         tokens: How many rows a strength is judged on; default 1024.
         static: Judge with one range for all tokens, as `Segmented(static=True)` fixes it. Default False.
+        fold: Let the layer before absorb factors where it can. Default False, as published: then adapters trained on
+            the float model fit without a change.
         leave: Layers whose sites are left alone: `Segmented` smooths them, part by part. A plan fills it in.
 
     Raises:
@@ -82,6 +84,7 @@ class SmoothAlpha:
     steps: int = 11
     tokens: int = 1024
     static: bool = False
+    fold: bool = False
     leave: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +104,8 @@ class SmoothAlpha:
         """Return the site's scales, or None where it is best left alone."""
         if any(full_name(site, name) in self.leave for name in site.consumers):
             return None
+        if not self.fold:
+            site.producer = None  # of this site alone: the transform stays at the layers' input
         x = sample(site, self.tokens)
         top = x.abs().amax(0) if site.measured is None else site.moments.amax
         candidates = [scales(site, top, a, 1 - a) for a in self.strengths()]
@@ -133,6 +138,8 @@ class FindCuts:
 
     patterns: tuple[str, ...] = PATTERNS
     given: tuple[Segment, ...] = ()
+
+    folds = False  # what is found has no bearing on it
 
     def __post_init__(self) -> None:
         """Check the arguments."""
