@@ -25,8 +25,8 @@ from planish.quant.act_formats import Dual, Static
 from planish.quant.formats import Affine
 from planish.quant.parts import quantized_layers
 
-VERSION = 1
-PICTURES, SEEDS, CALIBRATED = 100, (0, 1, 2), 20
+VERSION = 2
+PICTURES, SEEDS, CALIBRATED = 50, (0, 1, 2), 20
 NONE: dict[str, Any] = {"patterns": (), "sides": "off"}
 PIECES: dict[str, dict[str, Any]] = {
     "base": NONE,

@@ -34,7 +34,9 @@ def embeddings(seed):
     return torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.claim("segquant", "a modulation whose six parts differ by 1 to 30: cut, its weight loses less at a scale a tensor")
+@pytest.mark.claim(
+    "segquant", "a modulation whose six parts differ by 1 to 30: cut, its weight loses less at a scale a tensor"
+)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("calibrator", ["amax", "gptq"])
 def test_a_modulation_is_cut(bits, calibrator, record_claim):
@@ -93,7 +95,9 @@ def test_a_zero_point_beats_the_published_form(record_claim):
     """The honest part: a zero point halves the step of the positives too."""
     found = [{how: error for how, (_, error) in table(*case).items()} for case in CASES]
     assert all(f["shifted"] < f["dual"] for f in found)
-    record_claim(min(f["symmetric"] / f["dual"] for f in found), 1.05, "times less than symmetric, in the worst of 8 cases")
+    record_claim(
+        min(f["symmetric"] / f["dual"] for f in found), 1.05, "times less than symmetric, in the worst of 8 cases"
+    )
     worst = max(f["asymmetric"] / f["dual"] for f in found)
     record_claim(worst, 0.9, "of its error with a zero point, in the worst of 8 cases", at_least=False)
 
@@ -145,7 +149,9 @@ def test_the_ablation_of_the_paper(record_claim):
     for sides, needed in (("signed", 0.75), ("unsigned", 1.5)):
         dual, both = decibels(patterns=(), sides=sides), decibels(sides=sides)
         assert cut > base and dual > base and both > max(cut, dual), (base, cut, dual, both)
-        record_claim(both - base, needed, f"dB over the base ({sides} sides; cuts {cut - base:.1f}, sides {dual - base:.1f})")
+        record_claim(
+            both - base, needed, f"dB over the base ({sides} sides; cuts {cut - base:.1f}, sides {dual - base:.1f})"
+        )
 
 
 def test_compensation_uses_the_factor_of_the_inverse_and_not_its_rows():

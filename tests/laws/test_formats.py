@@ -197,7 +197,7 @@ def test_codes_lie_in_the_row_s_bit_stream(bits, columns, seed):
 def test_leading_axes_are_rows(form):
     x = batch(1, 12, 48, "normal").float()
     q = form.encode(x.reshape(2, 3, 2, 48))
-    assert q.shape == (2, 3, 2, 48) 
+    assert q.shape == (2, 3, 2, 48)
     assert q.codes.dtype == (torch.int16 if getattr(form, "unsigned", False) else torch.uint8)  # nine bits
     assert torch.equal(q.codes.reshape(12, 48), form.encode(x).codes)
     assert torch.equal(form.decode(q).reshape(12, 48), form.decode(form.encode(x)))
@@ -379,7 +379,10 @@ def test_a_fixed_range_is_that_of_its_grid_with_these_limits_and_tokens_do_not_m
 
 def test_one_scale_a_tensor_is_the_largest_of_its_rows():
     x = batch(4, 5, 32, "outliers")
-    rows, tied = Affine(4, None, True, scale_dtype="float64"), Affine(4, None, True, scale_dtype="float64", per_tensor=True)
+    rows, tied = (
+        Affine(4, None, True, scale_dtype="float64"),
+        Affine(4, None, True, scale_dtype="float64", per_tensor=True),
+    )
     assert (tied.encode(x).scale == rows.encode(x).scale.max()).all() and tied.encode(x).scale.shape == (5, 1)
     assert "per_tensor" not in Affine().to_dict() and repr(tied).endswith("per_tensor=True)")
     assert tied == format_from_dict(tied.to_dict()) != rows

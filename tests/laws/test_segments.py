@@ -139,7 +139,10 @@ def test_two_products_of_integers_are_the_product_with_the_rounded_activation_ex
     """Steps are powers of two here, so that float64 holds every intermediate result."""
     below, above = act.last
     act = Static(act, -below / 64, above / 4)
-    x, weight = noise(5, C, dtype=torch.float32), torch.randint(-8, 8, (O, C), generator=torch.Generator().manual_seed(1))
+    x, weight = (
+        noise(5, C, dtype=torch.float32),
+        torch.randint(-8, 8, (O, C), generator=torch.Generator().manual_seed(1)),
+    )
     parts = terms(act, x)
     assert len(parts) == 2 and all(t.codes.dtype == torch.int8 for t in parts)
     total = torch.zeros(5, O, dtype=torch.float64)
@@ -189,7 +192,9 @@ def test_one_sided_data_use_one_side(act, sign):
 def test_the_unsigned_form_has_half_the_step_on_both_sides():
     x = noise(4, C)
     signed, unsigned = Dual(8).encode(x).scale, Dual(8, unsigned=True).encode(x).scale
-    assert torch.allclose(unsigned[:, 0] * 255, signed[:, 0] * 128) and torch.allclose(unsigned[:, 1] * 255, signed[:, 1] * 127)
+    assert torch.allclose(unsigned[:, 0] * 255, signed[:, 0] * 128) and torch.allclose(
+        unsigned[:, 1] * 255, signed[:, 1] * 127
+    )
 
 
 def test_what_is_not_finite_is_refused_where_codes_would_hide_it():

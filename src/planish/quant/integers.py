@@ -89,9 +89,10 @@ def terms(act: Format, x: Float[Tensor, "*rows channels"]) -> tuple[Term, ...]:
 def _sides(grid: Dual, codes: Tensor, scale: Tensor) -> tuple[Term, ...]:
     """Split signed codes by sign; where a side has more of them than an int8 holds, its zero moves to an end."""
     made = []
+    zero: Tensor | None
     for column, part in ((0, codes.clamp(max=0)), (1, codes.clamp(min=0))):
         step = scale[..., column : column + 1].float().contiguous()
-        zero: Tensor | None = None
+        zero = None
         if grid.last[column] > 128 - column:
             origin = -128 if column else 127
             part, zero = part + origin, torch.full_like(step, origin, dtype=torch.int8)

@@ -1,7 +1,8 @@
 """Round layers in segments, with activations coded by sign, where that lowers the calibrated error.
 
 The graph proposes (`planish.quant.segments`), the data decide: every proposal is carried out on a sample of what enters
-the layer, transform, rounding of inputs and all, and kept only if it takes away a stated share of the output's error.
+the layer, transform, rounding of inputs and all, and kept only if it takes away a stated share of the output's error on
+another sample: ranges and factors that only fit what they were taken from are found out.
 
     output, shared   rows in segments, one smoothing: the scales of one layer, tied by segment; costs nothing
     output, own      rows in segments, each smoothed for itself: inputs are rounded once a segment
@@ -62,6 +63,21 @@ def fixed(act: Format | None, static: bool, low: Tensor, high: Tensor) -> Format
     return Static(act, min(low.amin().item(), 0.0), max(high.amax().item(), 0.0))
 
 
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two halves of a batch that share no image where guidance stacks it twice: quarters 1 and 3, 2 and 4.
+
+    Fewer than four rows are given back twice.
+
+    Example:
+        >>> [part.tolist() for part in halves(torch.arange(8))]
+        [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    if len(x) < 4:
+        return x, x
+    quarters = x.tensor_split(4)
+    return torch.cat(quarters[::2]), torch.cat(quarters[1::2])
+
+
 @dataclass
 class Pool:
     """What enters a layer: the range of every channel over all rows, and a sample of the rows."""
@@ -71,27 +87,35 @@ class Pool:
     rows: list[Tensor]
 
     @classmethod
-    def of(cls, site: Site, rows: int) -> "Pool":
+    def of(cls, site: Site, rows: int) -> tuple["Pool", "Pool", "Pool"]:
         """Run the block once and keep about `rows` rows of what enters a site, evenly from all batches.
+
+        Returns:
+            All of it; one half, to fit a layer to; the other, to judge it on.
 
         Raises:
             RuntimeError: Nothing enters the site.
         """
-        low = high = None
-        kept: list[Tensor] = []
+        ends: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
+        kept: list[list[Tensor]] = [[], [], []]
         batches = len(site.block.inputs)
         for x in _images(site) if site.convolution else entering(site.block, site):
             if not len(x):
                 continue
-            ends = (x.amin((0, 2, 3)), x.amax((0, 2, 3))) if site.convolution else (x.amin(0), x.amax(0))
-            low = ends[0] if low is None else torch.minimum(low, ends[0])
-            high = ends[1] if high is None else torch.maximum(high, ends[1])
+            axes = (0, 2, 3) if site.convolution else (0,)
             size = x.shape[-1] * x.shape[-2] if site.convolution else 1
             each = max(1, -(-rows // (batches * size)))
-            kept.append(x[:: max(1, len(x) // each)][:each].clone())
-        if low is None or high is None:
+            taken = x[:: max(1, len(x) // each)][:each].clone()
+            for part, some, end, keep in zip((x, *halves(x)), (taken, *halves(taken)), ends, kept, strict=True):
+                end.append((part.amin(axes), part.amax(axes)))
+                keep.append(some)
+        if not ends[0]:
             raise RuntimeError(f"site {site.kind}: no token enters it")
-        return cls(low, high, kept)
+        made = []
+        for end, keep in zip(ends, kept, strict=True):
+            low, high = (torch.stack(side) for side in zip(*end, strict=True))
+            made.append(cls(low.amin(0), high.amax(0), keep))
+        return made[0], made[1], made[2]
 
 
 class _SeenError(Exception):
@@ -120,21 +144,21 @@ def _images(site: Site) -> Iterator[Float[Tensor, "n c h w"]]:
 
 @dataclass
 class _Trial:
-    """A layer as it might be, and what it costs."""
+    """A layer as it might be, fitted to one half of the sample and judged on the other."""
 
     form: str
     layer: Quantized
     error: float
-    cut: Segment | None = None
-    act: Format | None = None
+    cut: Segment
+    act: Format | None
 
-    def cost(self) -> dict[str, int]:
-        """Return how often inputs are rounded, how many products are made of them, and the bytes."""
-        parts = [p for p in self.layer.modules() if isinstance(p, QLinear)]
-        rounded = len(parts) if any(p.act is not None for p in parts) else 0
-        twice = sum(2 if isinstance(getattr(p.act, "grid", p.act), Dual) else 1 for p in parts)
-        size = sum(b.numel() * b.element_size() for b in self.layer.buffers())
-        return {"input_roundings": rounded, "products": twice, "bytes": size}
+
+def cost(layer: Quantized) -> dict[str, int]:
+    """Return how often a layer rounds its input, how many products it makes of that, and its bytes."""
+    parts = [p for p in layer.modules() if isinstance(p, QLinear)]
+    twice = sum(2 if isinstance(getattr(p.act, "grid", p.act), Dual) else 1 for p in parts)
+    size = sum(b.numel() * b.element_size() for b in layer.buffers())
+    return {"input_roundings": sum(p.act is not None for p in parts), "products": twice, "bytes": size}
 
 
 @dataclass(frozen=True)
@@ -207,33 +231,37 @@ class Segmented:
     def _plain(self, site: Site, method: Method) -> dict[str, nn.Module]:
         step = self.inner.inner if site.convolution and isinstance(self.inner, LowRank) else self.inner
         if self.static and method.act is not None:
-            found = Pool.of(site, 1)
+            found = Pool.of(site, 1)[0]
             method = replace(method, act=fixed(method.act, True, found.low, found.high))
         return step(site, method)
 
     def _best(self, site: Site, name: str, method: Method) -> Quantized:
         """Return the cheapest form of a layer that no dearer one beats by enough."""
-        pool = Pool.of(site, self.rows)
+        everything, fit, held = Pool.of(site, self.rows)
         full, module = full_name(site, name), site.consumers[name]
         total = module.in_channels if site.convolution else weight_of(module).shape[1]
         whole = Segment(full, "input", (cast(int, total),), "whole")
-        trials = [self._try("whole", site, whole, pool, method)]
+
+        def tried(form: str, segment: Segment, act: Format | None) -> _Trial:
+            layer = self._make(form, site, segment, fit, replace(method, act=act))
+            return _Trial(form, layer, _error(layer, module, held), segment, act)
+
+        trials = [tried("whole", whole, method.act)]
         reads, other = self._reads(full), None if method.act is None else sided(method.act, self.sides)
         if reads is not None and other is not None:
-            trials.append(self._try(f"{self.sides} inputs", site, whole, pool, replace(method, act=other)))
+            trials.append(tried(f"{self.sides} inputs", whole, other))
         best = self._kept(trials)
-        method = replace(method, act=best.act)
-        cut: list[_Trial] = [best]
+        cut = [best]
         for segment in self.cuts.of(full):
-            for form in self._forms(segment, site):
-                cut.append(self._try(form, site, segment, pool, method))
+            cut += [tried(form, segment, best.act) for form in self._forms(segment, site)]
         best = self._kept(cut)
+        layer = self._make(best.form, site, best.cut, everything, replace(method, act=best.act))
         site.block.notes[name] = {
             "form": best.form, "reads": reads, "cuts": [str(s) for s in self.cuts.of(full)],
-            "cut": None if best.cut is None or best.cut is whole else str(best.cut),
-            "errors": {t.form: t.error for t in (*trials, *cut[1:])}, **best.cost(), "bytes_whole": trials[0].cost()["bytes"],
+            "cut": None if best.cut is whole else str(best.cut), "errors": {t.form: t.error for t in (*trials, *cut[1:])},
+            **cost(layer), "bytes_whole": cost(trials[0].layer)["bytes"],
         }  # fmt: skip
-        layer, stored = best.layer, site.block.stored.get(f"{name}.bias")
+        stored = site.block.stored.get(f"{name}.bias")
         for part in layer.modules() if isinstance(layer, Segments) else ():
             if isinstance(part, QLinear) and part.bias is not None and stored is not None:
                 part.bias = part.bias.to(stored)
@@ -260,9 +288,9 @@ class Segmented:
             return ["output, shared"]
         return ["output, shared", "output, own"] if self.shared and not branch else ["output, own"]
 
-    def _try(self, form: str, site: Site, segment: Segment, pool: Pool, method: Method) -> _Trial:
-        """Carry a form out and judge it on the sample."""
-        (name, module), = site.consumers.items()
+    def _make(self, form: str, site: Site, segment: Segment, pool: Pool, method: Method) -> Quantized:
+        """Build a form of a layer from what enters it."""
+        ((name, module),) = site.consumers.items()
         bench = _bench(site, module, segment, pool)
         common = None
         if form == "output, shared" and self.smooth is not None and not site.convolution:
@@ -281,8 +309,7 @@ class Segmented:
             step = self.inner.inner if site.convolution and isinstance(self.inner, LowRank) else self.inner
             made = step(part, replace(method, act=fixed(method.act, self.static, low, high)))
             parts.append(cast(QLinear, made[part.kind]))
-        layer = joined(parts, segment.mode, module)
-        return _Trial(form, layer, _error(layer, module, pool), segment, method.act)
+        return joined(parts, segment.mode, module)
 
 
 def _moved(transform: Transform, low: Tensor, high: Tensor, rows: list[Tensor], inside: slice) -> tuple[Tensor, Tensor]:

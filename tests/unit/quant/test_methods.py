@@ -27,6 +27,7 @@ GRIDS = {
     "svdquant": Affine(4, 64, symmetric=True),
     "duquant": Affine(4, None, clip=0.8),
     "evol-q": Affine(4, None),
+    "segquant": Affine(8, None, symmetric=True, scale_dtype="float32", per_tensor=True),
 }  # as published, where it is not the house's
 
 

@@ -217,7 +217,10 @@ def test_patterns_are_chosen_and_findings_are_printed_and_written():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: detect_segments(nn.Linear(2, 2), torch.ones(1, 2), patterns=("gather",)), "`patterns` must be of chunk"),
+        (
+            lambda: detect_segments(nn.Linear(2, 2), torch.ones(1, 2), patterns=("gather",)),
+            "`patterns` must be of chunk",
+        ),
         (lambda: Segment("a", "rows", (1, 1)), "Segment: `mode` must be 'output' or 'input'; got 'rows'"),
         (lambda: Segment("a", "input", (1, 0)), r"Segment: `sizes` must be integers above 0; got \(1, 0\)"),
         (lambda: Segment("a", "input", ()), "`sizes`"),

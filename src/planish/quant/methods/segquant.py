@@ -27,7 +27,7 @@ Differs from the paper: the graph is that of `torch.export`, so that stock model
 any way; convolutions are cut too; a cut must pay. Each side of an activation has all codes of an unsigned integer
 (`sides="unsigned"`), which halves both steps. Segments of rows share a smoothing where each having its own gains
 nothing: then they are one layer with scales tied by segment. Strengths are searched on a sample with matrices of
-second moments. GPTQ is the one of `planish.quant.gptq`. Symmetric steps are max / (2^(b-1) - 1/2).
+second moments. What is chosen is fitted to one half of the data and judged on the other. GPTQ is the one of `planish.quant.gptq`. Symmetric steps are max / (2^(b-1) - 1/2).
 
 When to use: weights and activations of eight bits with one scale a tensor, as integer kernels like them; diffusion
 models, and any with fused layers. With a scale a row and no smoothing of their own, cuts of outputs change nothing.
@@ -50,10 +50,10 @@ from planish.quant.engine import Method, Walk
 from planish.quant.formats import Affine
 from planish.quant.low_rank import LowRank
 from planish.quant.methods.gptq import Compensate
-from planish.quant.methods.svdquant import sample, sampled, scales
+from planish.quant.methods.svdquant import sampled, sampled_rows, scales
 from planish.quant.parts import Segments
 from planish.quant.rounding import Nearest
-from planish.quant.segmenting import SIDES, Segmented, fixed, full_name
+from planish.quant.segmenting import SIDES, Segmented, fixed, full_name, halves
 from planish.quant.segments import PATTERNS, Cuts, Segment, detect_segments
 from planish.quant.sites import Site, is_linear
 from planish.quant.transforms import Scale, Transform
@@ -106,20 +106,23 @@ class SmoothAlpha:
             return None
         if not self.fold:
             site.producer = None  # of this site alone: the transform stays at the layers' input
-        x = sample(site, self.tokens)
-        top = x.abs().amax(0) if site.measured is None else site.moments.amax
-        candidates = [scales(site, top, a, 1 - a) for a in self.strengths()]
-        best = candidates[0]
-        if self.alpha is None:
-            candidates.append(torch.ones_like(top))
-            weight = torch.cat(list(site.weights.values()))
-            errors = [self._error(weight * s, x / s, method) for s in candidates]
-            best = candidates[min(range(len(errors)), key=errors.__getitem__)]
-        return None if bool((best == 1).all()) else Scale(best)
+        fit, held = (torch.cat(part) for part in zip(*map(halves, sampled_rows(site, self.tokens)), strict=True))
+        top = torch.cat([fit, held]).abs().amax(0) if site.measured is None else site.moments.amax
+        if self.alpha is not None:
+            best = scales(site, top, self.alpha, 1 - self.alpha)
+            return None if bool((best == 1).all()) else Scale(best)
+        weight, seen = torch.cat(list(site.weights.values())), fit.abs().amax(0)
+        least, chosen = self._error(weight, fit, held, method), None
+        for alpha in self.strengths():
+            s = scales(site, seen, alpha, 1 - alpha)
+            error = self._error(weight * s, fit / s, held / s, method)
+            if error < least:
+                least, chosen = error, alpha
+        return None if chosen is None else Scale(scales(site, top, chosen, 1 - chosen))
 
-    def _error(self, weight: Tensor, x: Tensor, method: Method) -> float:
-        """Return what the output loses, from second moments of the inputs and of their rounding."""
-        problem = sampled(weight, x, fixed(method.act, self.static, x, x), "weight")
+    def _error(self, weight: Tensor, fit: Tensor, held: Tensor, method: Method) -> float:
+        """Return what the output of one half loses with ranges from the other, from second moments."""
+        problem = sampled(weight, held, fixed(method.act, self.static, fit, fit), "weight")
         return problem.error(None, method.weight.fake(weight))
 
 

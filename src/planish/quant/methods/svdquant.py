@@ -245,9 +245,14 @@ def scales(site: Site, top: Float[Tensor, "channels"], alpha: float, beta: float
 
 def sample(site: Site, tokens: int) -> Float[Tensor, "tokens channels"]:
     """Return some of the tokens that enter a site, taken evenly from all batches."""
+    return torch.cat(sampled_rows(site, tokens))
+
+
+def sampled_rows(site: Site, tokens: int) -> list[Float[Tensor, "tokens channels"]]:
+    """Return the same, batch by batch."""
     batches = [x for x in entering(site.block, site) if len(x)]
     each = -(-tokens // max(len(batches), 1))
-    return torch.cat([x[:: max(1, len(x) // each)][:each] for x in batches])
+    return [x[:: max(1, len(x) // each)][:each] for x in batches]
 
 
 def svdquant(
