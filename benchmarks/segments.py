@@ -50,7 +50,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 def rows(
     quick: bool, *, against: tuple[str, ...] | None = None, only: tuple[str, ...] | None = None,
-    models: tuple[str, ...] | None = None, fresh: bool = False, skipped: dict[str, str] | None = None, **_: Any,
+    models: tuple[str, ...] | None = None, fresh: bool = False, skipped: dict[str, str] | None = None,
+    **_: Any,  # noqa: ANN401
 ) -> Iterator[Row]:  # fmt: skip
     """Yield the rows of the three kinds; `models` chooses configurations of denoisers by a part of the name."""
     yield from activations(quick)

@@ -1,4 +1,4 @@
-"""Eight bits with one scale a tensor: cut a modulation into its parts, give the two sides of SiLU and GELU a scale each."""
+"""Eight bits, one scale a tensor: a modulation cut into its parts, a scale for each side of SiLU and GELU."""
 
 import copy
 
@@ -24,6 +24,7 @@ class Block(nn.Module):
                 part.copy_(torch.randn(part.shape, generator=generator) * size / 8)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """Return x, moved as the embedding says."""
         shift, scale, gate = self.ada(F.silu(embedding)).chunk(3, dim=1)
         y = self.norm(x) * (1 + scale) + shift
         return x + gate * self.down(F.gelu(self.up(y)))

@@ -127,7 +127,8 @@ def calls(seed, count=3):
     g = torch.Generator().manual_seed(seed)
     return [
         {
-            "hidden_states": torch.randn(8, 1, 8, 8, generator=g), "timestep": torch.randint(0, 1000, (8,), generator=g),
+            "hidden_states": torch.randn(8, 1, 8, 8, generator=g),
+            "timestep": torch.randint(0, 1000, (8,), generator=g),
             "class_labels": torch.randint(0, 10, (8,), generator=g),
         }
         for _ in range(count)

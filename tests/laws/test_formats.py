@@ -360,8 +360,12 @@ def test_bad_arguments(make, sentence):
 # ranges known beforehand
 
 STATIC = [
-    Static(grid, low, 2.0) for low in (-1.5, 0.0)
-    for grid in (Affine(8, None, True, scale_dtype="float32"), Affine(4, None, scale_dtype="float64"), Dual(8), Dual(4, unsigned=True))
+    Static(grid, low, 2.0)
+    for low in (-1.5, 0.0)
+    for grid in (
+        Affine(8, None, True, scale_dtype="float32"), Affine(4, None, scale_dtype="float64"), Dual(8),
+        Dual(4, unsigned=True),
+    )
 ]  # fmt: skip
 
 

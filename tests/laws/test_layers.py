@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from planish.quant.act_formats import Dual, Static
+from planish.quant.act_formats import Dual
 from planish.quant.formats import FP4, Affine
 from planish.quant.layers import QLinear
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift

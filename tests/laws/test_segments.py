@@ -14,7 +14,7 @@ from planish.quant.parts import Segments, in_place_of, quantized_layers
 from planish.quant.segmenting import joined
 from planish.quant.transforms import Scale
 
-C, O = 24, 18
+C, R = 24, 18
 ROWS, COLUMNS = [(18,), (9, 9), (1, 10, 7), (3,) * 6], [(24,), (12, 12), (5, 1, 18), (4,) * 6]
 CUTS = [("output", s) for s in ROWS] + [("input", s) for s in COLUMNS]
 ACTS = [
@@ -28,7 +28,7 @@ def noise(*shape, seed=0, dtype=torch.float64):
 
 
 def layer(conv=False, bias=True, dtype=torch.float64):
-    made = nn.Conv2d(C, O, 3, padding=1, stride=2, bias=bias) if conv else nn.Linear(C, O, bias=bias)
+    made = nn.Conv2d(C, R, 3, padding=1, stride=2, bias=bias) if conv else nn.Linear(C, R, bias=bias)
     made = made.to(dtype).requires_grad_(False)
     for seed, tensor in enumerate(made.parameters()):
         tensor.copy_(noise(*tensor.shape, seed=seed))
@@ -72,7 +72,7 @@ def test_one_segment_is_the_layer_itself_bit_for_bit(mode, conv, act):
     whole, x = layer(conv, dtype=torch.float32), data(conv, torch.float32)
     grid = Affine(8, None, True, scale_dtype="float32", per_tensor=True)
     alone = quantized(whole, grid, act)
-    cut = quantized(Segments.split(whole, mode, (O if mode == "output" else C,)), grid, act)
+    cut = quantized(Segments.split(whole, mode, (R if mode == "output" else C,)), grid, act)
     assert torch.equal(cut(x), alone(x)) and joined(list(cut.parts), mode, whole) is cut.parts[0]
 
 
@@ -141,18 +141,18 @@ def test_two_products_of_integers_are_the_product_with_the_rounded_activation_ex
     act = Static(act, -below / 64, above / 4)
     x, weight = (
         noise(5, C, dtype=torch.float32),
-        torch.randint(-8, 8, (O, C), generator=torch.Generator().manual_seed(1)),
+        torch.randint(-8, 8, (R, C), generator=torch.Generator().manual_seed(1)),
     )
     parts = terms(act, x)
     assert len(parts) == 2 and all(t.codes.dtype == torch.int8 for t in parts)
-    total = torch.zeros(5, O, dtype=torch.float64)
+    total = torch.zeros(5, R, dtype=torch.float64)
     for term in parts:
         codes = term.codes.to(torch.int32) - (0 if term.zero is None else term.zero.to(torch.int32))
         assert (codes @ weight.T.to(torch.int32)).dtype == torch.int32
         total += term.scale.double() * (codes @ weight.T.to(torch.int32))
     assert torch.equal(total, act.fake(x).double() @ weight.T.double())
-    q = QLinear.of(Affine(4, None, True).encode(weight.float(), limits=(torch.full((O, 1), -7.5), torch.full((O, 1), 7.5))),
-                   act=act)  # fmt: skip
+    ends = torch.full((R, 1), -7.5), torch.full((R, 1), 7.5)
+    q = QLinear.of(Affine(4, None, True).encode(weight.float(), limits=ends), act=act)
     assert torch.equal(q.weight.decode(), weight.float()) and torch.equal(q(x).double(), total)
 
 

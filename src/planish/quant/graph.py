@@ -21,9 +21,10 @@ from planish.quant.stream import call_arguments, tensors_in
 
 Shape = tuple[int, ...]
 _NAMES = {
-    "_to_copy": "to", "split_with_sizes": "split", "tensor_split": "split", "view": "reshape", "_unsafe_view": "reshape",
-    "flatten": "reshape", "unflatten": "reshape", "concat": "cat", "concatenate": "cat", "native_dropout": "dropout",
-    "__mul__": "mul", "__rmul__": "mul", "__getitem__": "getitem", "__matmul__": "matmul", "select": "getitem",
+    "_to_copy": "to", "split_with_sizes": "split", "tensor_split": "split", "view": "reshape",
+    "_unsafe_view": "reshape", "flatten": "reshape", "unflatten": "reshape", "concat": "cat", "concatenate": "cat",
+    "native_dropout": "dropout", "__mul__": "mul", "__rmul__": "mul", "__getitem__": "getitem",
+    "__matmul__": "matmul", "select": "getitem",
 }  # fmt: skip
 
 
@@ -165,7 +166,7 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # noqa: ANN401
         """Run an operation and write it down."""
         given = list(tensors_in((tuple(args), dict(kwargs or {}))))
@@ -198,11 +199,11 @@ def follow(model: nn.Module, batch: Any) -> tuple[list[Op], str, str]:  # noqa: 
     try:
         try:
             return exported(model, batch), "export", ""
-        except Exception as error:  # noqa: BLE001  (any that torch.export may raise; the caller warns of it)
+        except Exception as error:
             why = _first_line(error)
         try:
             return ran(model, batch), "run", why
-        except Exception as error:  # noqa: BLE001  (models that run on their own data alone)
+        except Exception as error:
             return [], "nothing", f"{why}; {_first_line(error)}"
     finally:
         for name, module in model.named_modules():

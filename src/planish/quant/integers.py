@@ -92,9 +92,9 @@ def _sides(grid: Dual, codes: Tensor, scale: Tensor) -> tuple[Term, ...]:
     zero: Tensor | None
     for column, part in ((0, codes.clamp(max=0)), (1, codes.clamp(min=0))):
         step = scale[..., column : column + 1].float().contiguous()
-        zero = None
+        zero, origin = None, -128 if column else 127
         if grid.last[column] > 128 - column:
-            origin = -128 if column else 127
-            part, zero = part + origin, torch.full_like(step, origin, dtype=torch.int8)
-        made.append(Term(part.to(torch.int8), step, zero))
+            zero = torch.full_like(step, origin, dtype=torch.int8)
+        shifted = part if zero is None else part + origin
+        made.append(Term(shifted.to(torch.int8), step, zero))
     return tuple(made)

@@ -14,8 +14,8 @@ from planish._support import CheckpointError
 from planish.quant.conv import QConv
 from planish.quant.formats import FP4, SCALE_DTYPES, Affine, QTensor
 from planish.quant.layers import QLinear
-from planish.quant.parts import Quantized, Segments
 from planish.quant.packing import pack, unpack
+from planish.quant.parts import Quantized, Segments
 
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble k of a word holds column order[k] of its eight
 _AWQ_INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]

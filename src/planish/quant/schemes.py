@@ -16,8 +16,8 @@ from planish.quant import layouts
 from planish.quant.act_formats import Dual, Static, format_from_dict
 from planish.quant.formats import FP4, SCALE_DTYPES, Affine, Format
 from planish.quant.layers import QLinear
-from planish.quant.parts import Quantized, Segments
 from planish.quant.packing import n_words
+from planish.quant.parts import Quantized, Segments
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift, Transform
 
 FORMAT_VERSION = 1

@@ -258,7 +258,8 @@ class Segmented:
         layer = self._make(best.form, site, best.cut, everything, replace(method, act=best.act))
         site.block.notes[name] = {
             "form": best.form, "reads": reads, "cuts": [str(s) for s in self.cuts.of(full)],
-            "cut": None if best.cut is whole else str(best.cut), "errors": {t.form: t.error for t in (*trials, *cut[1:])},
+            "cut": None if best.cut is whole else str(best.cut),
+            "errors": {t.form: t.error for t in (*trials, *cut[1:])},
             **cost(layer), "bytes_whole": cost(trials[0].layer)["bytes"],
         }  # fmt: skip
         stored = site.block.stored.get(f"{name}.bias")
@@ -290,7 +291,7 @@ class Segmented:
 
     def _make(self, form: str, site: Site, segment: Segment, pool: Pool, method: Method) -> Quantized:
         """Build a form of a layer from what enters it."""
-        ((name, module),) = site.consumers.items()
+        (module,) = site.consumers.values()
         bench = _bench(site, module, segment, pool)
         common = None
         if form == "output, shared" and self.smooth is not None and not site.convolution:

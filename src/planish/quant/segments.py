@@ -26,7 +26,7 @@ PATTERNS = ("chunk", "split", "cat", "stack", "heads")
 ONE_SIDED = ("silu", "gelu", "mish", "hardswish")
 """Functions that go far above zero and never far below."""
 _TRANSPARENT = frozenset(
-    ("to", "dropout", "clone", "contiguous", "detach", "alias", "identity", "float", "half", "bfloat16", "type", "type_as",
+    ("to", "dropout", "clone", "contiguous", "detach", "alias", "identity", "float", "half", "bfloat16", "type",
      "type_as", "feature_dropout", "alpha_dropout", "lift_fresh")
 )  # fmt: skip
 _VIEWS = frozenset(("reshape", "unsqueeze", "squeeze", "getitem", "slice", "view_as", "expand"))

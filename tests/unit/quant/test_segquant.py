@@ -11,7 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from planish.quant import (
-    METHODS, Journal, LowRank, QConv, QLinear, Segment, Segmented, Segments, Static, inspect, load, quantize, save,
+    METHODS,
+    Journal,
+    LowRank,
+    QConv,
+    QLinear,
+    Segment,
+    Segmented,
+    Segments,
+    Static,
+    inspect,
+    load,
+    quantize,
+    save,
     segquant,
 )  # fmt: skip
 from planish.quant.act_formats import Dual
@@ -228,7 +240,7 @@ def test_a_fused_projection_stored_the_other_way_round_is_cut(tmp_path):
 @torch.no_grad()
 def test_transformers_reads_cut_layers_through_our_plugin(tmp_path):
     transformers = pytest.importorskip("transformers")
-    import planish.plugins.transformers  # noqa: PLC0415, F401
+    import planish.plugins.transformers  # noqa: F401
 
     torch.manual_seed(0)
     config = transformers.Phi3Config(
@@ -246,8 +258,8 @@ def test_transformers_reads_cut_layers_through_our_plugin(tmp_path):
 
 
 def test_stock_layouts_refuse_a_cut_layer(tmp_path):
-    from planish._support import CheckpointError  # noqa: PLC0415
-    from planish.plugins.vllm.parts import check_servable  # noqa: PLC0415
+    from planish._support import CheckpointError
+    from planish.plugins.vllm.parts import check_servable
 
     model = nn.Sequential(nn.Linear(C, C))
     model[0] = Segments([QLinear.of(Affine(4, 16).encode(torch.randn(C, 16))) for _ in range(2)], "input")
@@ -260,8 +272,8 @@ def test_stock_layouts_refuse_a_cut_layer(tmp_path):
 
 
 def test_damaged_descriptions_of_cut_layers_are_refused():
-    from planish._support import CheckpointError  # noqa: PLC0415
-    from planish.quant.schemes import describe, empty_layer  # noqa: PLC0415
+    from planish._support import CheckpointError
+    from planish.quant.schemes import describe, empty_layer
 
     part = describe("x", QLinear.of(Affine(4, 16).encode(torch.randn(C, 16))))
     assert isinstance(empty_layer("x", {"mode": "input", "parts": [part, part]}), Segments)

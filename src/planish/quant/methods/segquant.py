@@ -27,7 +27,8 @@ Differs from the paper: the graph is that of `torch.export`, so that stock model
 any way; convolutions are cut too; a cut must pay. Each side of an activation has all codes of an unsigned integer
 (`sides="unsigned"`), which halves both steps. Segments of rows share a smoothing where each having its own gains
 nothing: then they are one layer with scales tied by segment. Strengths are searched on a sample with matrices of
-second moments. What is chosen is fitted to one half of the data and judged on the other. GPTQ is the one of `planish.quant.gptq`. Symmetric steps are max / (2^(b-1) - 1/2).
+second moments. What is chosen is fitted to one half of the data and judged on the other. GPTQ is the one of
+`planish.quant.gptq`. Symmetric steps are max / (2^(b-1) - 1/2).
 
 When to use: weights and activations of eight bits with one scale a tensor, as integer kernels like them; diffusion
 models, and any with fused layers. With a scale a row and no smoothing of their own, cuts of outputs change nothing.
