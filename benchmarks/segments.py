@@ -39,11 +39,10 @@ PIECES: dict[str, dict[str, Any]] = {
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "transformer, W8A8, a scale a tensor": ("dit", {}, tuple(PIECES)),
-    "transformer, W8A8, a scale a tensor, to nearest": ("dit", {"calibrator": "amax"}, ("base", "cuts", "segquant")),
-    "transformer, W4A8, a scale a tensor": ("dit", {"bits": 4, "granularity": "tensor"}, ("base", "cuts", "segquant")),
-    "transformer, W4A8, a scale a row and a token": ("dit", {"bits": 4}, ("base", "cuts", "segquant")),
+    "transformer, W4A8, a scale a tensor": ("dit", {"bits": 4, "granularity": "tensor"}, ("base", "segquant")),
+    "transformer, W4A8, a scale a row and a token": ("dit", {"bits": 4}, ("base", "segquant")),
     "U-Net, W8A8, a scale a tensor, to nearest, convolutions too": (
-        "unet", {"calibrator": "amax", "convolutions": True}, ("base", "cuts", "segquant"),
+        "unet", {"calibrator": "amax", "convolutions": True}, ("base", "segquant"),
     ),
 }  # fmt: skip
 

@@ -81,9 +81,9 @@ def terms(act: Format, x: Float[Tensor, "*rows channels"]) -> tuple[Term, ...]:
     if not isinstance(grid, Affine):
         raise TypeError(f"terms: {act!r} has no integers")
     middle = grid.middle  # codes are unsigned: an int8 holds them less the middle one
-    zero = None if encoded.zero is None else (encoded.zero.to(torch.int16) - middle).to(torch.int8).contiguous()
+    origin = None if encoded.zero is None else (encoded.zero.to(torch.int16) - middle).to(torch.int8).contiguous()
     codes = (encoded.codes.to(torch.int16) - middle).to(torch.int8)
-    return (Term(codes, encoded.scale.float().contiguous(), zero, grid.group_size),)
+    return (Term(codes, encoded.scale.float().contiguous(), origin, grid.group_size),)
 
 
 def _sides(grid: Dual, codes: Tensor, scale: Tensor) -> tuple[Term, ...]:
