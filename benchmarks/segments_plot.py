@@ -31,7 +31,7 @@ def main(path: Path) -> None:
     top.set_yscale("log")
     top.set_ylabel("density")
     line = torch.linspace(low, high, 20_001)[None].double()
-    for number, (name, grid) in enumerate(grids.items()):
+    for number, grid in enumerate(grids.values()):
         values = grid.fake(line).unique()
         error = (grid.fake(x[None].double()) - x).square().mean().item()
         bottom.plot(values.numpy(), [-number] * len(values), "|", markersize=11, color="C0" if number < 3 else "C3")
