@@ -193,7 +193,7 @@ def quantize(
                                         images, steps, not resume, _device(device), dtype)  # fmt: skip
         with _bars(aloud) as progress:
             told = pipeline_job.run(task, say=lambda text: aloud.print(f"[dim]{_plain(text)}[/dim]"), progress=progress)
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        console.print(str(told), markup=False, highlight=False, soft_wrap=True)
         return
     with aloud.status("opening the model (a GGUF file is expanded once, which takes about a minute)"):
         from planish.quant import jobs, sources  # noqa: PLC0415

@@ -314,4 +314,6 @@ def digits_pipeline(model: nn.Module) -> Any:  # noqa: ANN401
     from planish.diffusion.pixels import Pixels  # noqa: PLC0415  (its bases are those of diffusers)
 
     names = dict(enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")))
-    return diffusers.DiTPipeline(transformer=model, vae=Pixels(), scheduler=digits_scheduler(), id2label=names)
+    pipeline = diffusers.DiTPipeline(transformer=model, vae=Pixels(), scheduler=digits_scheduler(), id2label=names)
+    pipeline.register_to_config(id2label=names)  # or it is not saved
+    return pipeline

@@ -174,6 +174,11 @@ def open_pipeline(source: Path, *, dtype: str = "auto", device: str = "cpu") -> 
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"`{source}`: diffusers cannot read the pipeline ({text[:160]}).", "unreadable") from None
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "labels", None):  # a name for each class: read by diffusers, but not written again
+        names: dict[int, list[str]] = {}
+        for label, number in pipeline.labels.items():
+            names.setdefault(number, []).append(label)
+        pipeline.register_to_config(id2label={number: ", ".join(names[number]) for number in sorted(names)})
     return pipeline if device == "cpu" else pipeline.to(device)
 
 
