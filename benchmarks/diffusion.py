@@ -67,7 +67,9 @@ def cases() -> dict[str, tuple[str, bool]]:
     }  # fmt: skip
 
 
-def fitted(model: nn.Module, method: Method, *, pictures: int = CALIBRATED, steps: int = digits.SAMPLING_STEPS) -> float:
+def fitted(
+    model: nn.Module, method: Method, *, pictures: int = CALIBRATED, steps: int = digits.SAMPLING_STEPS
+) -> float:
     """Quantize a denoiser of digits in place; return the seconds of processor time that it took."""
     calls = digits.record(model, n=pictures, steps=steps)
     began = time.process_time()

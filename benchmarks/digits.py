@@ -4,7 +4,7 @@ Data: scikit-learn's 1797 digits of 8 x 8 pixels, 1437 of them trained on. Two d
 transformer and a U-Net. Two judges that share neither weights nor shape nor seed: `tuned` is for searches to look at,
 `judge` has the last word. The Frechet distance is that of a judge's 64 features to all real digits.
 
-Everything sampled is drawn from stated seeds, so a quantized denoiser is compared with the float one picture by picture.
+Everything is drawn from stated seeds, so a quantized denoiser is compared with the float one picture by picture.
 """
 
 import copy
@@ -161,7 +161,10 @@ def plant(model: nn.Module, *, channels: int = PLANTED, factor: float = FACTOR, 
         part: Any = module
         if kind == "BasicTransformerBlock":
             linear, width = part.norm1.linear, part.norm1.linear.in_features
-            for shift, layers in ((0, (part.attn1.to_q, part.attn1.to_k, part.attn1.to_v)), (3, (part.ff.net[0].proj,))):
+            for shift, layers in (
+                (0, (part.attn1.to_q, part.attn1.to_k, part.attn1.to_v)),
+                (3, (part.ff.net[0].proj,)),
+            ):
                 chosen = pick(width)
                 for slot in (shift, shift + 1):  # the shift's rows, then the scale's, which stands for 1 + itself
                     linear.weight[slot * width + chosen] *= factor

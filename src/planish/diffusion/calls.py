@@ -75,7 +75,9 @@ def denoiser_of(pipeline: Any, part: str | None = None) -> tuple[str, nn.Module]
     for name in PARTS if part is None else (part,):
         if name in modules:
             return name, modules[name]
-    raise bad("denoiser_of", "part", f"one of the pipeline's modules, {', '.join(modules) or 'of which it has none'}", part)
+    raise bad(
+        "denoiser_of", "part", f"one of the pipeline's modules, {', '.join(modules) or 'of which it has none'}", part
+    )
 
 
 def capture(
@@ -156,6 +158,7 @@ def capture(
     if not found.seen:
         raise bad("capture", "run", f"a program that calls the {type(model).__name__}", "one that never did")
     ranked = sorted(range(len(order)), key=order.__getitem__)
-    for kept in (found.inputs, found.outputs, found.times):
-        kept[:] = [kept[i] for i in ranked]  # type: ignore[index]
+    found.inputs = [found.inputs[i] for i in ranked]
+    found.outputs = [found.outputs[i] for i in ranked]
+    found.times = [found.times[i] for i in ranked]
     return found

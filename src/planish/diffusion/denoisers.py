@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -45,7 +45,8 @@ def digits_dit(*, classes: int = 1000, layers: int = 4, heads: int = 4, head_dim
 
     Example:
         >>> model = digits_dit(layers=1)
-        >>> model(torch.zeros(2, 1, 8, 8), timestep=torch.tensor([9, 9]), class_labels=torch.tensor([3, 1000])).sample.shape
+        >>> x, t = torch.zeros(2, 1, 8, 8), torch.tensor([9, 9])
+        >>> model(x, timestep=t, class_labels=torch.tensor([3, 1000])).sample.shape
         torch.Size([2, 1, 8, 8])
     """
     for name, value in (("classes", classes), ("layers", layers), ("heads", heads), ("head_dim", head_dim)):
@@ -213,7 +214,7 @@ def train_denoiser(
         noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
         loss = nn.functional.mse_loss(model(noisy, timestep=t, class_labels=classes).sample, target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(0.99, (1 + step) / (10 + step))
@@ -264,7 +265,7 @@ def sample(
     """
     if steps < 1:
         raise bad("sample", "steps", "an integer >= 1", steps)
-    none, config = null_class(model), model.config
+    none, config = null_class(model), cast(Any, model.config)
     scheduler = copy.deepcopy(digits_scheduler() if scheduler is None else scheduler)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(labels), config["in_channels"], config["sample_size"], config["sample_size"])
@@ -285,7 +286,7 @@ def sample(
             conditional, free = out.chunk(2)
             out = free + guidance * (conditional - free)
         x = scheduler.step(out, t, x, **noise).prev_sample
-    return x
+    return cast(Tensor, x)
 
 
 def digits_pipeline(model: nn.Module) -> Any:  # noqa: ANN401

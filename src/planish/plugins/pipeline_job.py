@@ -132,7 +132,11 @@ def run(job: PipelineJob, *, say: Callable[[str], None], progress: Callable[[str
         again = drawing(open_pipeline(partial, dtype=job.dtype, device=job.device), steps=job.steps)
         after = again(len(before), _JUDGED)
         close = _psnr(before, after)
-        shown = {"float": grid(before), job.method: grid(after), "difference, times 8": grid(_difference(before, after))}
+        shown = {
+            "float": grid(before),
+            job.method: grid(after),
+            "difference, times 8": grid(_difference(before, after)),
+        }
         whole: dict[str, Any] = {
             **report.to_json(), "model": job.name, "planish": planish.__version__, "subject": job.method,
             "pictures": [{"name": name, "png": png} for name, png in shown.items()], "psnr": close,
@@ -194,10 +198,9 @@ def drawing(pipeline: Any, *, steps: int | None = None) -> Callable[[int, int], 
     """
     asked = inspect.signature(pipeline.__call__).parameters
     extra: dict[str, Any] = {"output_type": "np"} | ({} if steps is None else {"num_inference_steps": steps})
-    unknown = [
-        name for name, p in asked.items()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in ("class_labels", "prompt")
-    ]  # fmt: skip
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    must = [name for name, p in asked.items() if p.default is p.empty and p.kind in named]
+    unknown = [name for name in must if name not in ("class_labels", "prompt")]
     if unknown or not {"class_labels", "prompt", "batch_size"} & set(asked):
         kind, what = type(pipeline).__name__, ", ".join(unknown) or "neither classes, prompts nor a number of pictures"
         raise bad("quantize", "MODEL", "a pipeline that draws from classes, prompts or nothing", f"{kind}: {what}")
@@ -222,7 +225,7 @@ def _method(job: PipelineJob) -> Any:  # noqa: ANN401
     sized = {} if job.group_size is None else {"group_size": job.group_size}
     method = METHODS[job.method](bits=job.bits, **sized)
     if isinstance(preset.weight, Affine):
-        method = replace(method, weight=replace(method.weight, ragged=True))  # type: ignore[arg-type, type-var]
+        method = replace(method, weight=replace(method.weight, ragged=True))  # type: ignore[arg-type]
     if job.act_bits is not None:
         act = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
         method = replace(method, act=replace(act, bits=job.act_bits))
