@@ -26,7 +26,7 @@ class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc, valid-type]
 
     @_diffusers.configuration_utils.register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, scaling_factor: int | float = 1.0) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         # Pipelines ask every part where it lies and in which dtype, and files hold at least one tensor.
         self.register_buffer("place", torch.zeros(1))
 
