@@ -52,10 +52,14 @@ SUBJECTS: dict[str, Callable[[], Method] | None] = {
     "W4A4 to nearest": lambda: nearest(4, 4, 64),
     "W4A4 smoothed": lambda: with_branch(0),
     "W4A4 SVDQuant": lambda: with_branch(16),
-    "W4A4 SVDQuant, published fit": lambda: with_branch(16, weigh="weight"),
+    "W4A4 to nearest, convolutions too": lambda: nearest(4, 4, 64, convolutions=(4, 4)),
 }
-"""Methods by name; None is the float model. Convolutions: 8 bits on both sides, in W4A8 4 and 8."""
+"""Methods by name; None is the float model.
+
+Convolutions: 8 bits on both sides, in W4A8 4 and 8, unless a name says more.
+"""
 MODELS = {"dit": "digits, transformer", "unet": "digits, U-Net"}
+ONLY = {"W4A4 to nearest, convolutions too": "unet"}  # elsewhere there are none
 QUICK = ("float", "W4A4 to nearest", "W4A4 SVDQuant")
 
 
@@ -160,6 +164,8 @@ def rows(
             continue
         for subject in SUBJECTS:
             if (only is not None and subject not in only) or (quick and subject not in QUICK):
+                continue
+            if ONLY.get(subject, key) != key:
                 continue
             found = piece(key, planted, subject, 2, quick=True) if quick else kept(key, planted, subject, fresh=fresh)
             yield from _shown(case, subject, found)

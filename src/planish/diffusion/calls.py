@@ -34,6 +34,12 @@ class Calls:
         times: The timestep of each call.
         seen: How many calls there were; more than were kept where a limit was given.
         statistics: What entered the layers; empty unless asked for.
+
+    Example:
+        >>> latents = torch.zeros(1, 4)
+        >>> calls = Calls([{"sample": latents}, {"sample": latents}], [latents, latents], [999.0, 499.0], seen=2)
+        >>> calls.bytes
+        16
     """
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
