@@ -4,7 +4,7 @@ P(J = l) is proportional to w_{t-1}^l m_t(xi_{t-1}^l, xi_t^i). Four ways, of one
 
 exact      weigh all N candidates: O(N) a draw
 rejection  propose by w, accept with probability m over its bound: O(1) a draw, but with no limit in sight
-hybrid     at most `max_trials` proposals, then exactly: what Dau and Chopin (2022) recommend
+hybrid     at most `max_trials` proposals, then exactly: what Dau and Chopin (2022) recommend; small tables at once
 mcmc       from the ancestor, a few independent Metropolis steps proposed by w; exact only in the limit, unless the
            ancestor itself is such a draw (then its steps leave the law as it is)
 
@@ -27,6 +27,7 @@ from planish.statespace.particles import Cloud, check_count
 
 Kind = Literal["hybrid", "exact", "rejection", "mcmc"]
 _ELEMENTS = 2**22  # of one table of densities: what does not fit is done in parts
+_SMALL = 2**14  # a table that is weighed sooner than rounds of trials are run
 _PATIENCE = 10**6  # trials after which plain rejection is hopeless
 
 
@@ -60,10 +61,12 @@ class Backward:
         n, m = wanted.shape[1:]
         task = _Task(where, model, before, after, generator)
         todo = wanted.flatten().nonzero()[:, 0]
+        if not len(todo):
+            return 0
         owner = todo // m  # which particle of all clouds it is for
         if self.kind == "mcmc":
             found = task.metropolis(owner, self.mcmc_steps)
-        elif self.kind == "exact":
+        elif self.kind == "exact" or (self.kind == "hybrid" and len(todo) * n <= _SMALL):
             found = task.weigh(owner)
         else:
             limit = _PATIENCE if self.kind == "rejection" else self.max_trials or n
@@ -91,14 +94,18 @@ class _Task:
         self.ladder: Ladder | None = None
         self.evaluated = 0
 
-    def _propose(self, rows: Tensor) -> Tensor:
+    def _propose(self, rows: Tensor, block: int, everywhere: bool) -> Tensor:
+        """Propose `block` candidates for each row; `everywhere` says that all clouds have as many rows, in order."""
         self.ladder = self.ladder or Ladder(self.before.weights)
-        return self.ladder.draw(rows, None, self.generator)
+        if everywhere and len(rows) % self.ladder.batch == 0:
+            drawn = self.ladder.draw_each(len(rows) // self.ladder.batch * block, self.generator)
+            return drawn.reshape(len(rows), block)
+        return self.ladder.draw(rows[:, None].expand(-1, block), self.generator)
 
     def _log_m(self, sources: Num[Tensor, "*b d"], targets: Num[Tensor, "*c d"]) -> Tensor:
         made = self.model.transition(self.t, sources).log_prob(targets)
         self.evaluated += made.numel()
-        if made.isnan().any() or (made == math.inf).any():
+        if not bool(made.amax() < math.inf):
             raise ValueError(f"{self.where}: the transition at t = {self.t} has no density: it is not finite.")
         return made
 
@@ -112,9 +119,9 @@ class _Task:
             block = min(block, limit - tried, max(1, _ELEMENTS // len(left)))
             who = owner if len(left) == len(owner) else owner[left]
             rows = who // self.n
-            proposed = self._propose(rows[:, None].expand(-1, block))
+            proposed = self._propose(rows, block, who is owner)
             over = self._log_m(self.sources[proposed], self.targets[who][:, None]) - bound[rows][:, None]
-            if (over > 1e-3).any():
+            if over.amax() > 1e-3:
                 raise bad(
                     self.where, "log_transition_bound", "a bound: no density may exceed it",
                     f"{float(over.max()):.3g} more at t = {self.t}",
@@ -151,7 +158,7 @@ class _Task:
         here = ancestors.flatten()[owner] + rows * self.n
         log_here = self._log_m(self.sources[here], self.targets[owner])
         for _ in range(steps):
-            there = self._propose(rows)
+            there = self._propose(rows, 1, True)[:, 0]
             log_there = self._log_m(self.sources[there], self.targets[owner])
             taken = uniform(tuple(rows.shape), log_here, self.generator).log() < log_there - log_here
             here, log_here = torch.where(taken, there, here), torch.where(taken, log_there, log_here)

@@ -64,13 +64,20 @@ class Ladder:
     def __init__(self, weights: Float[Tensor, "batch n"]) -> None:
         self.batch, self.n = weights.shape
         steps = weights.double().cumsum(-1)
-        self.offset = torch.arange(self.batch, device=weights.device)
-        self.line = (steps / steps[:, -1:] + self.offset[:, None]).flatten()
+        self.rows = steps / steps[:, -1:]
+        self.offset = torch.arange(self.batch, device=weights.device)[:, None]
+        self._line: Tensor | None = None
 
-    def draw(
-        self, rows: Int[Tensor, "*shape"], u: Float[Tensor, "*shape"] | None, generator: torch.Generator | None
-    ) -> Int[Tensor, "*shape"]:
-        """Draw from cloud `rows`; positions count through all clouds. `u` in [0, 1) decides if it is given."""
-        u = uniform(tuple(rows.shape), self.line, generator) if u is None else u
-        found = torch.searchsorted(self.line, rows + u, right=True)
-        return found.clamp_(max=self.line.numel() - 1).clamp_(rows * self.n, rows * self.n + self.n - 1)
+    def draw_each(
+        self, count: int, generator: torch.Generator | None, u: Float[Tensor, "batch count"] | None = None
+    ) -> Int[Tensor, "batch count"]:
+        """Draw as many from every cloud; positions count through all clouds. `u` in [0, 1) decides if it is given."""
+        u = uniform((self.batch, count), self.rows, generator) if u is None else u
+        return torch.searchsorted(self.rows, u, right=True).clamp_(max=self.n - 1) + self.offset * self.n
+
+    def draw(self, rows: Int[Tensor, "*shape"], generator: torch.Generator | None) -> Int[Tensor, "*shape"]:
+        """Draw one from cloud `rows`, for each entry; positions count through all clouds."""
+        if self._line is None:
+            self._line = (self.rows + self.offset).flatten()
+        found = torch.searchsorted(self._line, rows + uniform(tuple(rows.shape), self._line, generator), right=True)
+        return found.clamp_(max=self._line.numel() - 1).clamp_(rows * self.n, rows * self.n + self.n - 1)

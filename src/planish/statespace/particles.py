@@ -119,17 +119,19 @@ def advance(
 ) -> Cloud:  # fmt: skip
     """Resample, move, and weight by the next observation; the last particle of each cloud is `frozen`, if given."""
     t, (batch, n) = cloud.t + 1, cloud.log_weights.shape
-    rows = torch.arange(batch, device=y.device)[:, None].expand(batch, n)
     u = None
     if resampling != "multinomial":
         jitter = uniform((batch, n if resampling == "stratified" else 1), y, generator)
         u = (torch.arange(n, device=y.device) + jitter) / n
-    ancestors = Ladder(cloud.weights).draw(rows, u, generator)
+    ladder = Ladder(cloud.weights)
+    ancestors = ladder.draw_each(n, generator, u)
+    if frozen is not None:
+        ancestors[:, -1] = ladder.offset[:, 0] * n + n - 1  # a frozen path descends from itself
     before = cloud.x.flatten(0, 1)[ancestors]
     own = model.transition(t, before)
     guide = model.proposal(t, before, y[:, None])
     x = _freeze(draw(own if guide is None else guide, (), generator), frozen)
-    return _weighted(where, model, t, x, y[:, None], own, guide, ancestors - rows * n)
+    return _weighted(where, model, t, x, y[:, None], own, guide, ancestors - ladder.offset * n)
 
 
 @dataclass(frozen=True)

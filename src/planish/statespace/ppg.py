@@ -83,7 +83,7 @@ def sweep(smoother: Paris, series: Tensor, path: Tensor | None) -> Sweep:
             indices.append(smoother.indices.int())
     weights = smoother.cloud.weights
     rows = torch.arange(len(weights), device=weights.device)
-    last = Ladder(weights).draw(rows, None, smoother.generator) - rows * weights.shape[1]
+    last = Ladder(weights).draw_each(1, smoother.generator)[:, 0] - rows * weights.shape[1]
     traced = [states[-1][rows, last]]
     for t in range(len(states) - 2, -1, -1):
         last = indices[t][rows, last, 0].long()
