@@ -55,7 +55,8 @@ class KalmanResult:
 
         def around(mean: Tensor, cov: Tensor) -> Tensor:
             noise = torch.randn(*batch, n, d, generator=generator, dtype=mean.dtype, device=mean.device)
-            return mean + noise @ torch.linalg.cholesky(cov).mT
+            made: Tensor = mean + noise @ torch.linalg.cholesky(cov).mT
+            return made
 
         path = [around(self.mean[..., -1:, :], self.cov[..., -1, :, :])]
         for t in range(n_steps - 2, -1, -1):
@@ -119,9 +120,13 @@ def kalman(model: LinearGaussian, y: Float[Tensor, "..."]) -> KalmanResult:
         smooth_cov.append((cov + cov.mT) / 2)
         gains.append(gain)
     empty = A.new_zeros(n_series, 0, d, d)
-    parts = (
-        loglik, torch.stack(means, 1), torch.stack(covs, 1), torch.stack(smooth_mean[::-1], 1),
-        torch.stack(smooth_cov[::-1], 1), torch.stack(lags[::-1], 1) if lags else empty,
-        torch.stack(gains[::-1], 1) if gains else empty,
+
+    def first(part: Tensor) -> Tensor:
+        return part[0] if single else part
+
+    return KalmanResult(
+        loglik=first(loglik), filter_mean=first(torch.stack(means, 1)), filter_cov=first(torch.stack(covs, 1)),
+        mean=first(torch.stack(smooth_mean[::-1], 1)), cov=first(torch.stack(smooth_cov[::-1], 1)),
+        lag_cov=first(torch.stack(lags[::-1], 1) if lags else empty),
+        gain=first(torch.stack(gains[::-1], 1) if gains else empty), transition_matrix=A,
     )  # fmt: skip
-    return KalmanResult(*(part[0] for part in parts) if single else parts, transition_matrix=A)

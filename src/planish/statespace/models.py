@@ -65,11 +65,13 @@ class StateSpaceModel(nn.Module, abc.ABC):
         """
         law = self.transition(t, x)
         try:
-            return law.log_prob(law.mode).amax(-1)
+            bound: Tensor = law.log_prob(law.mode).amax(-1)
         except NotImplementedError:
-            raise bad(
-                type(self).__name__, "log_transition_bound", "defined for rejection, or backward='exact' chosen", "none"
-            ) from None
+            bound = x.new_tensor(math.nan, dtype=torch.get_default_dtype())
+        if not bound.isfinite().all():  # no mode, or none of its own, as with uniform laws
+            allowed = "defined for rejection, or backward='exact' chosen"
+            raise bad(type(self).__name__, "log_transition_bound", allowed, "no mode")
+        return bound
 
 
 @torch.no_grad()
@@ -119,7 +121,8 @@ def factor(cov: Tensor, where: str, name: str) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(cov)
     if failed or not torch.allclose(cov, cov.mT):
         raise bad(where, name, "symmetric and positive definite", cov.tolist())
-    return lower.tril(-1) + lower.diagonal().log().diag()
+    raw: Tensor = lower.tril(-1) + lower.diagonal().log().diag()
+    return raw
 
 
 def unfactor(raw: Tensor) -> Tensor:
@@ -200,7 +203,8 @@ class LinearGaussian(StateSpaceModel):
         A, d = self.transition_matrix, len(self.transition_matrix)
         eye = torch.eye(d * d, dtype=A.dtype, device=A.device)
         P = torch.linalg.solve(eye - torch.kron(A, A), self.transition_cov.flatten()).reshape(d, d)
-        return (P + P.mT) / 2
+        even: Tensor = (P + P.mT) / 2
+        return even
 
     def initial(self) -> Law:
         """Return N(initial_mean, initial_cov)."""
@@ -216,8 +220,8 @@ class LinearGaussian(StateSpaceModel):
 
     def log_transition_bound(self, t: int, x: Tensor) -> Tensor:
         """Return the density's logarithm at its mode."""
-        d = len(self.transition_matrix)
-        return -self.transition_factor.diagonal().sum() - d / 2 * math.log(2 * math.pi)
+        scale: Tensor = self.transition_factor.diagonal().sum()
+        return -scale - len(self.transition_matrix) / 2 * math.log(2 * math.pi)
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:

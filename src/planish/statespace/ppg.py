@@ -320,6 +320,7 @@ def parisian_gibbs(
     for k in range(n_sweeps):
         old = gibbs.path
         done = gibbs.sweep()
+        assert old is not None  # a first pass was run, or a path given  # noqa: S101
         estimates.append(done.mean)
         changed += (done.path != old).any(-1).to(changed).mean(0)
         if k >= left_out:
@@ -348,10 +349,12 @@ def _stderr(kept: Tensor) -> Tensor:
     """Return the standard error of the mean over sweeps and chains, the first two axes."""
     sweeps, chains = kept.shape[:2]
     if chains > 1:
-        return kept.mean(0).std(0) / chains**0.5
+        between: Tensor = kept.mean(0).std(0) / chains**0.5
+        return between
     blocks = int(sweeps**0.5)
     if blocks < 2:
         return torch.full_like(kept[0, 0], float("nan"))
     size = sweeps // blocks
     means = kept[:, 0][-blocks * size :].reshape(blocks, size, *kept.shape[2:]).mean(1)
-    return means.std(0) / blocks**0.5
+    between_blocks: Tensor = means.std(0) / blocks**0.5
+    return between_blocks
