@@ -98,11 +98,11 @@ def _bias_row(case: str, subject: str, errors: np.ndarray) -> Iterator[Row]:
 def _biases(quick: bool, fresh: bool) -> Iterator[Row]:
     few = 40 if quick else 1
     for kind, n, said in (("PaRIS", 200, ""), ("FFBSm", 28, ": as many densities")):
-        piece = kept(f"{kind}-{n}", lambda k=kind, n=n: _one_pass(k, n, 2000 // few), quick=quick, fresh=fresh)
+        piece = kept(f"{kind}-{n}", lambda k=kind, n=n: _one_pass(k, n, 1200 // few), quick=quick, fresh=fresh)
         name, errors = f"{kind}, N = {n}{said}", piece
         yield from _bias_row(BIAS, name, np.array(errors["errors"]))
     for n, k, burn_ins in ((20, 10, (4, 7, 8)), (25, 8, (4, 6)), (50, 4, (1, 2))):
-        piece = kept(f"ppg-{n}-{k}", lambda a=(n, k, 2000 // few): _sweeps(*a), quick=quick, fresh=fresh)
+        piece = kept(f"ppg-{n}-{k}", lambda a=(n, k, 1200 // few): _sweeps(*a), quick=quick, fresh=fresh)
         errors = np.array([piece[f"sweep {i}"] for i in range(k)])
         for k0 in burn_ins:  # k0 conditional sweeps are left out, and the first pass
             name = f"PPG, N = {n}, first pass + {k - 1} sweeps, burn-in {k0}"
@@ -125,16 +125,16 @@ def _learners() -> dict[str, tuple[StateSpaceModel, StateSpaceModel, Tensor]]:
 
     truth, start = line(0.9, 0.3), line(0.5, 1.0)
     found: dict[str, tuple[StateSpaceModel, StateSpaceModel, Tensor]] = {}
-    found["autoregression in noise"] = (truth, start, simulate(truth, 50, generator=random)[1])
+    found["autoregression in noise"] = (truth, start, simulate(truth, 40, generator=random)[1])
     volatile, calm = StochasticVolatility(-1.0, 0.95, 0.3).double(), StochasticVolatility(0.0, 0.5, 0.6).double()
-    found["stochastic volatility"] = (volatile, calm, simulate(volatile, 50, generator=random)[1])
+    found["stochastic volatility"] = (volatile, calm, simulate(volatile, 40, generator=random)[1])
     net = ChaoticRNN.random(5, noise=0.1, generator=random).double()
     other = ChaoticRNN.random(5, noise=0.3, generator=random).double()
     with torch.no_grad():
         other.weights.copy_(net.weights)
     for model in (net, other):
-        model.weights.requires_grad_(False)  # what 50 steps tell of the connections is little: the noise is learned
-    found["chaotic network, d = 5: its noise"] = (net, other, simulate(net, 50, generator=random)[1])
+        model.weights.requires_grad_(False)  # what 40 steps tell of the connections is little: the noise is learned
+    found["chaotic network, d = 5: its noise"] = (net, other, simulate(net, 40, generator=random)[1])
     return found
 
 
@@ -170,7 +170,7 @@ def _short_of_maximum(model: LinearGaussian, y: Tensor) -> list[float]:
 
 
 def _learning(quick: bool, fresh: bool) -> Iterator[Row]:
-    steps = 4 if quick else 50
+    steps = 4 if quick else 40
     marks = sorted({0, steps // 8, steps // 4, steps // 2, steps})
     for name in _learners():
         for estimator, said in (("ppg", "PPG, warm"), ("paris", "PaRIS"), ("path", "path only (score climbing)")):

@@ -156,7 +156,7 @@ class GibbsResult:
         if truth is not None:
             left.axhline(truth, color="#c1541f", ls="--", lw=1, label="exact")
         left.set(xlabel="sweep", ylabel="estimate", xlim=(0.5, len(values) + 0.5))
-        left.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, columnspacing=1)
         right.plot(self.renewal.cpu(), color="#2a6f97")
         right.set(xlabel="time", ylabel="share of sweeps that renew the path", ylim=(0, 1.02))
         for axis in (left, right):
