@@ -6,12 +6,12 @@ bias that shrinks geometrically and a standard error, and `fit_mle` learns param
 """
 
 from planish.statespace.finite import FiniteHMM, FiniteSmoothing, forward_backward
+from planish.statespace.gaussian import KalmanResult, kalman
 from planish.statespace.interop import FromParticles, ParticlesModel
-from planish.statespace.kalman import KalmanResult, kalman
 from planish.statespace.learning import FitResult, Score, estimate_score, fit_mle
 from planish.statespace.models import LinearGaussian, StateSpaceModel, StochasticVolatility, simulate
 from planish.statespace.networks import ChaoticRNN
-from planish.statespace.paris import Paris, SmoothingResult, ffbs, paris
+from planish.statespace.online import Paris, SmoothingResult, ffbs, paris
 from planish.statespace.particles import FilterResult, particle_filter
 from planish.statespace.ppg import GibbsResult, ParisianGibbs, parisian_gibbs
 

@@ -19,9 +19,9 @@ k, k0           ``n_sweeps``,           0 <= k0 < k; k0 = half of k
 zeta            ``path``                one unconditional pass draws the first
 ==============  ======================  ============================================
 
-Differs from the paper: any number of chains run as one batch, and give a standard error; see `planish.statespace.paris`
-for J_1. When to use: where a bias would add up - averages over many series, gradients, long chains. At one small
-budget its mean squared error may be above that of PaRIS: less bias, more variance.
+Differs from the paper: any number of chains run as one batch, and give a standard error; J_1 is the ancestor, see
+`planish.statespace.online`. When to use: where a bias would add up - averages over many series, gradients, long chains.
+At one small budget its mean squared error may be above that of PaRIS: less bias, more variance.
 
 Reference:
     Cardoso et al., State and parameter learning with PaRIS particle Gibbs, 2023. https://arxiv.org/abs/2301.00900
@@ -39,7 +39,7 @@ from planish._support import bad, require
 from planish.statespace.backward import Kind
 from planish.statespace.draws import Ladder
 from planish.statespace.models import StateSpaceModel
-from planish.statespace.paris import Additive, Means, Paris, Terms
+from planish.statespace.online import Additive, Means, Paris, Terms
 from planish.statespace.particles import check_count, check_series
 
 
