@@ -1,8 +1,8 @@
-"""Smoothing a series: bias at equal cost, bias by sweep, learning, and time beside the package `particles`.
+"""Smoothing a series: bias at equal cost, and bias by sweep.
 
 The series is an autoregression (0.97, noise 0.6) seen 51 times with noise 1; smoothed is the sum of x_t x_{t+1}, whose
 value Kalman's smoother knows. Cost is counted in particle moves: N a step and pass, the first pass included. Every
-piece is kept in the cache: a run that was stopped goes on. `--suite time` has the timings.
+piece is kept in the cache: a run that was stopped goes on. `--suite learning` and `--suite time` have more.
 """
 
 import json
@@ -17,18 +17,7 @@ from torch import Tensor
 
 from benchmarks.data import cache_dir
 from benchmarks.harness import Row, write_json
-from planish.statespace import (
-    ChaoticRNN,
-    LinearGaussian,
-    StateSpaceModel,
-    StochasticVolatility,
-    ffbs,
-    fit_mle,
-    kalman,
-    paris,
-    parisian_gibbs,
-    simulate,
-)
+from planish.statespace import LinearGaussian, ffbs, kalman, paris, parisian_gibbs
 
 VERSION = 1
 BIAS = "sum of x_t x_{t+1}, 51 steps: 200 particle moves a step"
@@ -114,67 +103,12 @@ def _biases(quick: bool, fresh: bool) -> Iterator[Row]:
                 yield Row(BY_SWEEP, f"sweep {i}", "bias", mean, "", low=mean - half, high=mean + half)
 
 
-def _learners() -> dict[str, tuple[StateSpaceModel, StateSpaceModel, Tensor]]:
-    """Return the truth, the start, and the series, for each model."""
-    random = torch.Generator().manual_seed(0)
-
-    def line(a: float, q: float) -> LinearGaussian:
-        model = LinearGaussian(a, q).double()
-        model.observation_matrix.requires_grad_(False)
-        return model
-
-    truth, start = line(0.9, 0.3), line(0.5, 1.0)
-    found: dict[str, tuple[StateSpaceModel, StateSpaceModel, Tensor]] = {}
-    found["autoregression in noise"] = (truth, start, simulate(truth, 40, generator=random)[1])
-    volatile, calm = StochasticVolatility(-1.0, 0.95, 0.3).double(), StochasticVolatility(0.0, 0.5, 0.6).double()
-    found["stochastic volatility"] = (volatile, calm, simulate(volatile, 40, generator=random)[1])
-    net = ChaoticRNN.random(5, noise=0.1, generator=random).double()
-    other = ChaoticRNN.random(5, noise=0.3, generator=random).double()
-    with torch.no_grad():
-        other.weights.copy_(net.weights)
-    for model in (net, other):
-        model.weights.requires_grad_(False)  # what 40 steps tell of the connections is little: the noise is learned
-    found["chaotic network, d = 5: its noise"] = (net, other, simulate(net, 40, generator=random)[1])
-    return found
-
-
-def _learn(name: str, estimator: str, steps: int, seed: int) -> Piece:
-    truth, start, y = _learners()[name]
-    optimizer = torch.optim.Adam([p for p in start.parameters() if p.requires_grad], lr=0.2)
-    found = fit_mle(
-        start, y, optimizer=optimizer, n_steps=steps, n_particles=80, sweeps_per_step=1, burn_in=0,
-        estimator=estimator, generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
-    goal = torch.cat([p.detach().flatten() for p in truth.parameters() if p.requires_grad])
-    piece = {"distance": (found.parameters - goal).norm(dim=1).tolist()}
-    if isinstance(start, LinearGaussian):
-        piece["loglik"] = [float(kalman(start, y).loglik.detach())]
-    return piece
-
-
-def _learning(quick: bool, fresh: bool) -> Iterator[Row]:
-    steps = 4 if quick else 32
-    marks = sorted({0, steps // 8, steps // 4, steps // 2, steps})
-    for name in _learners():
-        for estimator, said in (("ppg", "PPG, warm"), ("paris", "PaRIS"), ("path", "path only (score climbing)")):
-            file = f"learn-{name.split()[0]}-{estimator}"
-            piece = kept(file, lambda a=(name, estimator, steps, 0): _learn(*a), quick=quick, fresh=fresh)
-            case = f"learning, {name}: distance of the iterates to what made the data"
-            for mark in marks:
-                yield Row(case, said, f"step {mark}", piece["distance"][mark], "")
-            tail = piece["distance"][-max(1, steps // 4) :]
-            yield Row(case, said, "mean of the last quarter", float(np.mean(tail)), "")
-            if "loglik" in piece:
-                yield Row(case, said, "log-likelihood at the end, exact", piece["loglik"][0], "nats")
-
-
 def rows(quick: bool, *, fresh: bool = False, **_: object) -> Iterator[Row]:
-    """Yield biases, sweeps and learning.
+    """Yield biases, by way and by sweep.
 
     Args:
-        quick: Few repetitions and steps.
+        quick: Few repetitions.
         fresh: Compute again what the cache holds.
         **_: What other benchmarks are asked beside this.
     """
     yield from _biases(quick, fresh)
-    yield from _learning(quick, fresh)

@@ -100,7 +100,7 @@ def _errors(values: list[float], truth: float) -> tuple[float, float]:
 
 def _against(quick: bool, skipped: dict[str, str]) -> Iterator[Row]:
     model, y, truth = walk()
-    n, times = (50, 2) if quick else (200, 12)
+    n, times = (50, 2) if quick else (200, 8)
     case = f"PaRIS, N = {n}, 51 steps, the sum of x_t x_{{t+1}}"
     ours = lambda: float(paris(model, y, n, additive=products).mean)  # noqa: E731
     try:
