@@ -24,6 +24,7 @@ NAMES = (
     "sqrtm",
     "hardness",
     "choquard",
+    "smoothing",
     "noise",
     "activations",
     "private",
@@ -38,6 +39,8 @@ SUITES = {
     ("quant", "bytes"): "branches",
     ("quant", "outliers"): "outliers",
     ("activations", "time"): "activation_times",
+    ("smoothing", "learning"): "smoothing_learning",
+    ("smoothing", "time"): "smoothing_times",
 }
 """Other cases of a benchmark, each in a file and with results of its own."""
 
