@@ -97,7 +97,7 @@ def _train_network(seed: int) -> Any:  # noqa: ANN401
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (TRAINED_ON // batch))
         model.train()
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             for _ in range(epochs):
                 order = torch.randperm(TRAINED_ON, generator=generator)
                 for chosen in order[: TRAINED_ON // batch * batch].split(batch):
@@ -115,7 +115,7 @@ def network(name: str) -> Network:
     """Return the network `tuned` (searches may look at it) or `judge` (nobody does)."""
     seed, make = {"tuned": (1, _tuned), "judge": (2, _judge)}[name]
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         fresh = make()
     found = _once(name, fresh, _train_network(seed))
     if not isinstance(found, Network):

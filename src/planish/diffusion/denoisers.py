@@ -53,7 +53,7 @@ def digits_dit(*, classes: int = 1000, layers: int = 4, heads: int = 4, head_dim
         if value < 1:
             raise bad("digits_dit", name, "an integer >= 1", value)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = _diffusers().DiTTransformer2DModel(
             num_attention_heads=heads, attention_head_dim=head_dim, in_channels=1, out_channels=1, num_layers=layers,
             sample_size=8, patch_size=2, num_embeds_ada_norm=classes,
@@ -89,7 +89,7 @@ def digits_unet(*, classes: int = CLASSES, channels: tuple[int, int] = (48, 96),
     if len(channels) != 2 or any(c < 8 or c % 8 for c in channels):
         raise bad("digits_unet", "channels", "two multiples of 8", channels)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = _diffusers().UNet2DModel(
             sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=channels,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),

@@ -23,7 +23,7 @@ import planish
 from planish._support import CheckpointError, bad, require
 from planish.diffusion.calls import denoiser_of
 from planish.plugins import diffusers as small
-from planish.quant import METHODS, Affine, Journal, QLinear
+from planish.quant import METHODS, Affine, Journal, Method, QLinear
 from planish.quant.page import write_report
 
 PROMPTS = (
@@ -220,17 +220,23 @@ def drawing(pipeline: Any, *, steps: int | None = None) -> Callable[[int, int], 
     return draw
 
 
-def _method(job: PipelineJob) -> Any:  # noqa: ANN401
-    preset = METHODS[job.method]()
-    sized = {} if job.group_size is None else {"group_size": job.group_size}
-    method = METHODS[job.method](bits=job.bits, **sized)
-    if isinstance(preset.weight, Affine):
-        method = replace(method, weight=replace(method.weight, ragged=True))  # type: ignore[arg-type]
-    if job.act_bits is not None:
+def _method(job: PipelineJob) -> Method:
+    preset = METHODS[job.method]
+    asked: dict[str, Any] = {"bits": job.bits}
+    if job.group_size is not None:
+        asked["group_size"] = job.group_size
+    own = "act_bits" in inspect.signature(preset).parameters
+    if own and job.act_bits is not None:
+        asked["act_bits"] = job.act_bits
+    method = preset(**asked)
+    if job.act_bits is not None and not own:
         act = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
         method = replace(method, act=replace(act, bits=job.act_bits))
-    if isinstance(method.act, Affine) and method.act.group_size is not None:
-        method = replace(method, act=replace(method.act, ragged=True))
+    weight, act = method.weight, method.act  # channels of denoisers seldom divide: the last group may be shorter
+    if isinstance(weight, Affine) and weight.group_size is not None:
+        method = replace(method, weight=replace(weight, ragged=True))
+    if isinstance(act, Affine) and act.group_size is not None:
+        method = replace(method, act=replace(act, ragged=True))
     return method
 
 
