@@ -56,6 +56,7 @@ def test_sampling_is_what_the_stock_pipeline_does(guidance):
     assert torch.equal((ours / 2 + 0.5).clamp(0, 1), theirs)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"])
 def test_stock_schedulers_sample_and_are_left_as_they_were(name):
     scheduler = getattr(diffusers, name).from_config(digits_scheduler().config)

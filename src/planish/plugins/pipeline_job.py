@@ -230,8 +230,8 @@ def _method(job: PipelineJob) -> Method:
         asked["act_bits"] = job.act_bits
     method = preset(**asked)
     if job.act_bits is not None and not own:
-        act = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
-        method = replace(method, act=replace(act, bits=job.act_bits))
+        given = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
+        method = replace(method, act=replace(given, bits=job.act_bits))
     weight, act = method.weight, method.act  # channels of denoisers seldom divide: the last group may be shorter
     if isinstance(weight, Affine) and weight.group_size is not None:
         method = replace(method, weight=replace(weight, ragged=True))
