@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -96,20 +97,25 @@ def drawn(model: nn.Module, seed: int, quick: bool) -> Tensor:
     return digits.draw(model, seed=seed, n=20 if quick else SAMPLES, steps=4 if quick else digits.SAMPLING_STEPS)
 
 
+@cache
+def reference(key: str, planted: bool, seed: int, quick: bool) -> Tensor:
+    """Return the float model's pictures of a seed."""
+    return drawn(digits.denoiser(key, planted=planted), seed, quick)
+
+
 def piece(key: str, planted: bool, subject: str, seeds: int, *, quick: bool) -> dict[str, list[float]]:
     """Fit one method to one model and judge its pictures of every seed."""
-    base = digits.fresh(key, planted=planted)
     make, model = SUBJECTS[subject], digits.fresh(key, planted=planted)
     found: dict[str, list[float]] = {}
     if make is not None:
         few = {"pictures": 8, "steps": 4} if quick else {}
         found["fitting"] = [fitted(model, make(), **few)]
     for seed in range(seeds):
-        reference = drawn(base, seed, quick)
+        wanted = reference(key, planted, seed, quick)
         began = time.process_time()
-        pictures = reference if make is None else drawn(model, seed, quick)
+        pictures = wanted if make is None else drawn(model, seed, quick)
         spent = time.process_time() - began
-        for name, value in asdict(digits.scores(pictures, reference)).items():
+        for name, value in asdict(digits.scores(pictures, wanted)).items():
             found.setdefault(name, []).append(value)
         found.setdefault("sampling", []).append(spent)
     return found | {name: [value] for name, value in sizes(model).items()}
