@@ -13,6 +13,7 @@ NAMES = (
     "quant",
     "cost",
     "search",
+    "diffusion",
     "evolve",
     "calibration",
     "tune",
@@ -23,6 +24,7 @@ NAMES = (
     "sqrtm",
     "hardness",
     "choquard",
+    "smoothing",
     "noise",
     "segments",
     "activations",
@@ -38,6 +40,8 @@ SUITES = {
     ("quant", "bytes"): "branches",
     ("quant", "outliers"): "outliers",
     ("activations", "time"): "activation_times",
+    ("smoothing", "learning"): "smoothing_learning",
+    ("smoothing", "time"): "smoothing_times",
 }
 """Other cases of a benchmark, each in a file and with results of its own."""
 

@@ -4,7 +4,7 @@ Data: scikit-learn's 1797 digits of 8 x 8 pixels, 1437 of them trained on. Two d
 transformer and a U-Net. Two judges that share neither weights nor shape nor seed: `tuned` is for searches to look at,
 `judge` has the last word. The Frechet distance is that of a judge's 64 features to all real digits.
 
-Everything sampled is drawn from stated seeds, so a quantized denoiser is compared with the float one picture by picture.
+Everything is drawn from stated seeds, so a quantized denoiser is compared with the float one picture by picture.
 """
 
 import copy
@@ -97,7 +97,7 @@ def _train_network(seed: int) -> Any:  # noqa: ANN401
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (TRAINED_ON // batch))
         model.train()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             for _ in range(epochs):
                 order = torch.randperm(TRAINED_ON, generator=generator)
                 for chosen in order[: TRAINED_ON // batch * batch].split(batch):
@@ -115,7 +115,7 @@ def network(name: str) -> Network:
     """Return the network `tuned` (searches may look at it) or `judge` (nobody does)."""
     seed, make = {"tuned": (1, _tuned), "judge": (2, _judge)}[name]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         fresh = make()
     found = _once(name, fresh, _train_network(seed))
     if not isinstance(found, Network):
@@ -161,7 +161,10 @@ def plant(model: nn.Module, *, channels: int = PLANTED, factor: float = FACTOR, 
         part: Any = module
         if kind == "BasicTransformerBlock":
             linear, width = part.norm1.linear, part.norm1.linear.in_features
-            for shift, layers in ((0, (part.attn1.to_q, part.attn1.to_k, part.attn1.to_v)), (3, (part.ff.net[0].proj,))):
+            for shift, layers in (
+                (0, (part.attn1.to_q, part.attn1.to_k, part.attn1.to_v)),
+                (3, (part.ff.net[0].proj,)),
+            ):
                 chosen = pick(width)
                 for slot in (shift, shift + 1):  # the shift's rows, then the scale's, which stands for 1 + itself
                     linear.weight[slot * width + chosen] *= factor

@@ -37,7 +37,7 @@ class Size:
 
 NAMES = (
     "rtn", "smoothing", "hadamard", "hadamard, clipped", "smoothing + hadamard, clipped", "duquant",
-    "duquant + branch of rank 16",
+    "duquant + branch of rank 16", "best", "best + branch of rank 16",
 )  # fmt: skip
 """What a full run takes; variants run by name, with --only."""
 
@@ -47,7 +47,7 @@ QUICK = Size((2, 64), (2, 64), ("rtn", "hadamard", "duquant"))
 
 def recipes() -> dict[str, Callable[[], object]]:
     """Name what competes; each returns a `planish.quant.Method`."""
-    from planish.quant import Affine, LowRank, duquant, rtn  # noqa: PLC0415
+    from planish.quant import Affine, LowRank, best, duquant, rtn  # noqa: PLC0415
     from planish.quant.methods.duquant import DuRotate, Hadamard  # noqa: PLC0415
     from planish.quant.methods.gptq import Compensate  # noqa: PLC0415
     from planish.quant.methods.smoothquant_plus import Smooth  # noqa: PLC0415
@@ -69,6 +69,10 @@ def recipes() -> dict[str, Callable[[], object]]:
         "duquant, down not smoothed": lambda: replace(duquant(), transform=DuRotate(level)),
         "duquant + branch of rank 16": lambda: replace(duquant(), round=LowRank(16)),
         "duquant + gptq": lambda: replace(duquant(weight_clip=1.0), round=Compensate(clip=True)),
+        "best": lambda: best(group_size=None, act_bits=4),
+        "best + branch of rank 16": lambda: replace(
+            best(group_size=None, act_bits=4), round=LowRank(16, last=Compensate(clip=True))
+        ),
     }
 
 

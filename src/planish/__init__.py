@@ -14,6 +14,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
     planish.diffusion  make diffusion models fast
+    planish.statespace smooth a time series
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = (
-    "complexity", "diffusion", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression",
-    "tune",
-)  # fmt: skip
+    *("complexity", "diffusion", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant"),
+    *("regression", "statespace", "tune"),
+)
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes

@@ -31,7 +31,6 @@ app = typer.Typer(
 )
 P = ParamSpec("P")
 MODEL = "A model directory, a GGUF file, a hub name, or the word `default`: the small model that comes with planish."
-PIPELINE = MODEL.replace("model directory", "model or pipeline directory", 1)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 ...")]
 Tokens = Annotated[int, typer.Option(min=2, help="How many tokens to read.")]
@@ -162,7 +161,7 @@ def demo(
 
 @command
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=PIPELINE)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline of diffusers. " + MODEL)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to be written; it must not exist yet.")],
     method: Annotated[
         str, typer.Option(help="best, smoothquant+, awq, gptq, rtn, duquant, svdquant, segquant, evol-q, nipq.")
@@ -193,17 +192,15 @@ def quantize(
                                         images, steps, not resume, _device(device), dtype)  # fmt: skip
         with _bars(aloud) as progress:
             told = pipeline_job.run(task, say=lambda text: aloud.print(f"[dim]{_plain(text)}[/dim]"), progress=progress)
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        console.print(str(told), markup=False, highlight=False, soft_wrap=True)
         return
     with aloud.status("opening the model (a GGUF file is expanded once, which takes about a minute)"):
         from planish.quant import jobs, sources  # noqa: PLC0415
 
         source, where = sources.resolve(model), _device(device)
     text = None if data == "auto" else Path(data)
-    job = jobs.Job(
-        source, model, out, method, bits, group_size, text, tokens, eval_tokens, window, layout, not resume, where,
-        dtype, act_bits,
-    )  # fmt: skip
+    job = jobs.Job(source, model, out, method, bits, group_size, text, tokens, eval_tokens, window, layout, not resume,
+                   where, dtype, act_bits)  # fmt: skip
     with _bars(aloud) as progress:
         done = jobs.run(job, say=lambda text: aloud.print(f"[dim]{_plain(text)}[/dim]"), progress=progress)
     console.print(done.report, markup=False, highlight=False)

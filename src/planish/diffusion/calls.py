@@ -34,6 +34,12 @@ class Calls:
         times: The timestep of each call.
         seen: How many calls there were; more than were kept where a limit was given.
         statistics: What entered the layers; empty unless asked for.
+
+    Example:
+        >>> latents = torch.zeros(1, 4)
+        >>> calls = Calls([{"sample": latents}, {"sample": latents}], [latents, latents], [999.0, 499.0], seen=2)
+        >>> calls.bytes
+        16
     """
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
@@ -75,7 +81,9 @@ def denoiser_of(pipeline: Any, part: str | None = None) -> tuple[str, nn.Module]
     for name in PARTS if part is None else (part,):
         if name in modules:
             return name, modules[name]
-    raise bad("denoiser_of", "part", f"one of the pipeline's modules, {', '.join(modules) or 'of which it has none'}", part)
+    raise bad(
+        "denoiser_of", "part", f"one of the pipeline's modules, {', '.join(modules) or 'of which it has none'}", part
+    )
 
 
 def capture(
@@ -156,6 +164,7 @@ def capture(
     if not found.seen:
         raise bad("capture", "run", f"a program that calls the {type(model).__name__}", "one that never did")
     ranked = sorted(range(len(order)), key=order.__getitem__)
-    for kept in (found.inputs, found.outputs, found.times):
-        kept[:] = [kept[i] for i in ranked]  # type: ignore[index]
+    found.inputs = [found.inputs[i] for i in ranked]
+    found.outputs = [found.outputs[i] for i in ranked]
+    found.times = [found.times[i] for i in ranked]
     return found

@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -45,14 +45,15 @@ def digits_dit(*, classes: int = 1000, layers: int = 4, heads: int = 4, head_dim
 
     Example:
         >>> model = digits_dit(layers=1)
-        >>> model(torch.zeros(2, 1, 8, 8), timestep=torch.tensor([9, 9]), class_labels=torch.tensor([3, 1000])).sample.shape
+        >>> x, t = torch.zeros(2, 1, 8, 8), torch.tensor([9, 9])
+        >>> model(x, timestep=t, class_labels=torch.tensor([3, 1000])).sample.shape
         torch.Size([2, 1, 8, 8])
     """
     for name, value in (("classes", classes), ("layers", layers), ("heads", heads), ("head_dim", head_dim)):
         if value < 1:
             raise bad("digits_dit", name, "an integer >= 1", value)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = _diffusers().DiTTransformer2DModel(
             num_attention_heads=heads, attention_head_dim=head_dim, in_channels=1, out_channels=1, num_layers=layers,
             sample_size=8, patch_size=2, num_embeds_ada_norm=classes,
@@ -88,7 +89,7 @@ def digits_unet(*, classes: int = CLASSES, channels: tuple[int, int] = (48, 96),
     if len(channels) != 2 or any(c < 8 or c % 8 for c in channels):
         raise bad("digits_unet", "channels", "two multiples of 8", channels)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = _diffusers().UNet2DModel(
             sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=channels,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -213,7 +214,7 @@ def train_denoiser(
         noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
         loss = nn.functional.mse_loss(model(noisy, timestep=t, class_labels=classes).sample, target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(0.99, (1 + step) / (10 + step))
@@ -264,7 +265,7 @@ def sample(
     """
     if steps < 1:
         raise bad("sample", "steps", "an integer >= 1", steps)
-    none, config = null_class(model), model.config
+    none, config = null_class(model), cast(Any, model.config)
     scheduler = copy.deepcopy(digits_scheduler() if scheduler is None else scheduler)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(labels), config["in_channels"], config["sample_size"], config["sample_size"])
@@ -285,7 +286,7 @@ def sample(
             conditional, free = out.chunk(2)
             out = free + guidance * (conditional - free)
         x = scheduler.step(out, t, x, **noise).prev_sample
-    return x
+    return cast(Tensor, x)
 
 
 def digits_pipeline(model: nn.Module) -> Any:  # noqa: ANN401
@@ -314,4 +315,6 @@ def digits_pipeline(model: nn.Module) -> Any:  # noqa: ANN401
     from planish.diffusion.pixels import Pixels  # noqa: PLC0415  (its bases are those of diffusers)
 
     names = dict(enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")))
-    return diffusers.DiTPipeline(transformer=model, vae=Pixels(), scheduler=digits_scheduler(), id2label=names)
+    pipeline = diffusers.DiTPipeline(transformer=model, vae=Pixels(), scheduler=digits_scheduler(), id2label=names)
+    pipeline.register_to_config(id2label=names)  # or it is not saved
+    return pipeline

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from planish._support import require
 
-require("diffusers", "diffusers", "Pixels")
-
-from diffusers import ConfigMixin, ModelMixin  # noqa: E402
-from diffusers.configuration_utils import register_to_config  # noqa: E402
+_diffusers = require("diffusers", "diffusers", "Pixels")
+ModelMixin, ConfigMixin = _diffusers.ModelMixin, _diffusers.ConfigMixin  # diffusers finds the loader by name, here
 
 
-class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc, valid-type]
     """An autoencoder that changes nothing: in the place of a pipeline's `vae`.
 
     Args:
@@ -26,7 +24,7 @@ class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]
         True
     """
 
-    @register_to_config
+    @_diffusers.configuration_utils.register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, scaling_factor: int | float = 1.0) -> None:
         super().__init__()
         # Pipelines ask every part where it lies and in which dtype, and files hold at least one tensor.

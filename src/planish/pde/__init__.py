@@ -6,7 +6,7 @@ the (p, q)-Choquard equation, `solve_ground_state` solves it and says how well, 
 solutions, `concentration_sweep` follows one of them to the bottom of its well.
 """
 
-from planish.pde.choquard import ChoquardProblem, Norms
+from planish.pde.choquard import ChoquardProblem, Norms, growth_bound
 from planish.pde.nonlinearities import ExpNonlinearity, Nonlinearity, PowerNonlinearity
 from planish.pde.operators import FractionalLaplacian1D, FractionalLaplacian2D, classical_constant
 from planish.pde.riesz import RieszPotential
@@ -29,6 +29,7 @@ __all__ = [
     "classical_constant",
     "concentration_sweep",
     "find_solutions",
+    "growth_bound",
     "lower_bound",
     "minimize_on_nehari",
     "solve_ground_state",

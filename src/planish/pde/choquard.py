@@ -69,7 +69,8 @@ class ChoquardProblem:
         s: Order, in (0, 1), with N / s >= 2; default 1/2.
         q: Second power, above p = N / s; default 4. In the plane p and q are even.
         mu: Power of the Riesz kernel, in (0, N); default 1/2.
-        nonlinearity: Default `ExpNonlinearity` with the exponent p / (p - 1).
+        nonlinearity: Default `ExpNonlinearity` with the exponent p / (p - 1) and the fewest terms, 2 or more, that are
+            admissible.
         half_width: Half the box's side, in y = x / eps; default 40.
         n: Grid points a side; default 801.
         lowest: inf Z where it is known, to check the box's edge against it; default the least value on the grid.
@@ -120,9 +121,16 @@ class ChoquardProblem:
         if not 0 < half_width < math.inf:
             raise bad(where, "half_width", "above 0", half_width)
         self.dim, self.s, self.p, self.q, self.mu, self.eps = dim, s, dim / s, float(q), mu, eps
-        self.nonlinearity = nonlinearity or ExpNonlinearity(exponent=self.p / (self.p - 1))
+        least = self.p * (2 * dim - mu) / (2 * dim)  # below, the Hardy-Littlewood-Sobolev inequality bounds nothing
+        if nonlinearity is None:
+            exponent = self.p / (self.p - 1)
+            terms = max(2, math.floor(self.q / 2 / exponent) + 1, math.ceil(least / exponent))
+            nonlinearity = ExpNonlinearity(terms=terms, exponent=exponent)
+        self.nonlinearity = nonlinearity
         if not self.nonlinearity.growth > self.q / 2:
             raise bad(where, "nonlinearity", f"one that starts with a power above q / 2 = {q / 2:g}", self.nonlinearity)
+        if not self.nonlinearity.growth >= least:
+            raise bad(where, "nonlinearity", f"one that starts with a power of {least:g} or more", self.nonlinearity)
         self.half_width, self.n = half_width, n
         # Line: the ends are grid points. Plane: cells fill the box.
         self.step = 2 * half_width / (n - 1 if dim == 1 else n)
@@ -210,6 +218,22 @@ class ChoquardProblem:
         right = (2 * self.dim - self.mu) * m.interaction / 2
         return float((left - right) / right)
 
+    def exponential_growth(self, v: Float[Tensor, "*grid"]) -> float | None:
+        """Return how much of the growth that can be controlled v uses up: admissible below 1.
+
+        That is beta 2N / (2N - mu) |v|^(p / (p - 1)) in the norm of W^(s, p), over `growth_bound(dim, s)`: below it,
+        exp of the nonlinearity's inner power is integrable to what the Riesz potential needs.
+
+        Returns:
+            The share; None for a nonlinearity that grows like a power, which has no such limit.
+        """
+        if not isinstance(self.nonlinearity, ExpNonlinearity):
+            return None
+        self._check(v)
+        norm = (self.first.energy(v) + self.integral(v.abs() ** self.p)) ** (1 / self.p)
+        used = self.nonlinearity.beta * 2 * self.dim / (2 * self.dim - self.mu) * norm ** (self.p / (self.p - 1))
+        return float(used) / growth_bound(self.dim, self.s)
+
     def ray(self, v: Float[Tensor, "*grid"]) -> float:
         """Return t > 0 with t v on the Nehari set: where I is greatest along the ray of v.
 
@@ -249,6 +273,37 @@ class ChoquardProblem:
     def edge_mass(self, v: Float[Tensor, "*grid"]) -> float:
         """Return the largest value at the box's edge over the largest inside: how much the box cuts off."""
         return float(self._edge(v).abs().max() / v.abs().max())
+
+
+def growth_bound(dim: int, s: int | float) -> float:
+    """Return the largest a for which exp(a |u|^(N / (N - s))) can be bounded over the unit ball of W^(s, N/s).
+
+    An upper bound of the sharp constant, from functions that concentrate at a point.
+
+    Args:
+        dim: N, 1 or 2.
+        s: Order, in (0, 1).
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Source: Parini and Ruf, On the Moser-Trudinger inequality in fractional Sobolev-Slobodeckij spaces, 2019.
+
+    Example:
+        >>> abs(growth_bound(1, 0.5) - 2 * math.pi**2) < 1e-12
+        True
+    """
+    if dim not in {1, 2}:
+        raise bad("growth_bound", "dim", "1 or 2", dim)
+    if not 0 < s < 1:
+        raise bad("growth_bound", "s", "in (0, 1)", s)
+    p = dim / s
+    sphere = 2.0 if dim == 1 else 2 * math.pi
+    # sum over k of (N + k - 1)! / (k! (N + 2 k)^p): Hurwitz' zeta function of the odd, or of all, integers
+    power, start = (p, 0.5) if dim == 1 else (p - 1, 1.0)
+    zeta = torch.special.zeta(torch.tensor(power, dtype=torch.float64), torch.tensor(start, dtype=torch.float64))
+    total = 2.0**-p * float(zeta)
+    return float(dim * (2 * sphere**2 * math.gamma(p + 1) / math.factorial(dim) * total) ** (s / (dim - s)))
 
 
 def root(f: Callable[[float], float], low: int | float, high: int | float, *, tol: int | float = 1e-14) -> float:

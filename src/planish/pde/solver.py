@@ -51,6 +51,8 @@ class GroundState:
         nehari: Relative defect of <I'(u), u> = 0.
         pohozaev: Relative defect of Pohozaev's identity, an independent check; None unless Z is constant.
         edge: Largest value at the box's edge over the largest inside.
+        growth: Share of the exponential growth that can be controlled, admissible below 1; None for powers. See
+            `ChoquardProblem.exponential_growth`.
         peak: Highest point in the original variable x, between grid points by parabolas; (dim,).
         barycentre: Mean of x under u^p; (dim,).
         n_iter: Steps of the descent.
@@ -68,6 +70,7 @@ class GroundState:
     nehari: float
     pohozaev: float | None
     edge: float
+    growth: float | None
     peak: tuple[float, ...]
     barycentre: tuple[float, ...]
     n_iter: int
@@ -255,6 +258,7 @@ def certify(problem: ChoquardProblem, u: Float[Tensor, "*grid"], n_iter: int = 0
         nehari=float(problem.nehari(u)),
         pohozaev=problem.pohozaev(u) if constant else None,
         edge=problem.edge_mass(u),
+        growth=problem.exponential_growth(u),
         peak=_peak(problem, u),
         barycentre=tuple((problem.eps * mean).tolist()),
         n_iter=n_iter,

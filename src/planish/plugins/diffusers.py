@@ -14,7 +14,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any, cast
 
 import torch
@@ -35,7 +35,7 @@ _auto = require("diffusers.quantizers.auto", "diffusers", _why)
 _config = require("diffusers.quantizers.quantization_config", "diffusers", _why)
 
 
-class _Name(str, Enum):  # diffusers reads `.value` of it
+class _Name(StrEnum):  # diffusers reads `.value` of it
     PLANISH = "planish"
 
 
@@ -80,7 +80,7 @@ class PlanishConfig(_config.QuantizationConfigMixin):  # type: ignore[misc, name
 class PlanishQuantizer(_quantizers.base.DiffusersQuantizer):  # type: ignore[misc, name-defined]
     """Puts empty quantized layers into a denoiser that diffusers is about to fill, and checks what came.
 
-    Tensors of quantized layers keep their own dtype, whatever `torch_dtype` asks for: codes were chosen for their scales.
+    Tensors of quantized layers keep their own dtype, whichever is asked for: codes were chosen for their scales.
     """
 
     requires_calibration = True
@@ -120,7 +120,7 @@ class PlanishQuantizer(_quantizers.base.DiffusersQuantizer):  # type: ignore[mis
         Raises:
             CheckpointError: It has.
         """
-        wanted, got = list(current_param), list(loaded_param.shape)
+        wanted, got = list(current_param.shape), list(loaded_param.shape)
         raise CheckpointError(f"`{param_name}` must have shape {wanted}; got {got}.", "shape")
 
     def create_quantized_param(
@@ -137,7 +137,7 @@ class PlanishQuantizer(_quantizers.base.DiffusersQuantizer):  # type: ignore[mis
         found, wanted = state_dict[param_name], self._empty[param_name]
         if found.dtype != wanted.dtype:
             raise CheckpointError(f"`{param_name}` must be {wanted.dtype}; got {found.dtype}.", "dtype")
-        owner, _, last = param_name.rpartition(".")
+        owner, last = param_name.rpartition(".")[::2]
         setattr(model.get_submodule(owner), last, found.to(target_device).contiguous())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401

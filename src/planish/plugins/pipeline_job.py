@@ -23,7 +23,7 @@ import planish
 from planish._support import CheckpointError, bad, require
 from planish.diffusion.calls import denoiser_of
 from planish.plugins import diffusers as small
-from planish.quant import METHODS, Affine, Journal, QLinear
+from planish.quant import METHODS, Affine, Journal, Method, QLinear
 from planish.quant.page import write_report
 
 PROMPTS = (
@@ -132,7 +132,11 @@ def run(job: PipelineJob, *, say: Callable[[str], None], progress: Callable[[str
         again = drawing(open_pipeline(partial, dtype=job.dtype, device=job.device), steps=job.steps)
         after = again(len(before), _JUDGED)
         close = _psnr(before, after)
-        shown = {"float": grid(before), job.method: grid(after), "difference, times 8": grid(_difference(before, after))}
+        shown = {
+            "float": grid(before),
+            job.method: grid(after),
+            "difference, times 8": grid(_difference(before, after)),
+        }
         whole: dict[str, Any] = {
             **report.to_json(), "model": job.name, "planish": planish.__version__, "subject": job.method,
             "pictures": [{"name": name, "png": png} for name, png in shown.items()], "psnr": close,
@@ -174,6 +178,11 @@ def open_pipeline(source: Path, *, dtype: str = "auto", device: str = "cpu") -> 
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(f"`{source}`: diffusers cannot read the pipeline ({text[:160]}).", "unreadable") from None
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "labels", None):  # a name for each class: read by diffusers, but not written again
+        names: dict[int, list[str]] = {}
+        for label, number in pipeline.labels.items():
+            names.setdefault(number, []).append(label)
+        pipeline.register_to_config(id2label={number: ", ".join(names[number]) for number in sorted(names)})
     return pipeline if device == "cpu" else pipeline.to(device)
 
 
@@ -189,10 +198,9 @@ def drawing(pipeline: Any, *, steps: int | None = None) -> Callable[[int, int], 
     """
     asked = inspect.signature(pipeline.__call__).parameters
     extra: dict[str, Any] = {"output_type": "np"} | ({} if steps is None else {"num_inference_steps": steps})
-    unknown = [
-        name for name, p in asked.items()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in ("class_labels", "prompt")
-    ]  # fmt: skip
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    must = [name for name, p in asked.items() if p.default is p.empty and p.kind in named]
+    unknown = [name for name in must if name not in ("class_labels", "prompt")]
     if unknown or not {"class_labels", "prompt", "batch_size"} & set(asked):
         kind, what = type(pipeline).__name__, ", ".join(unknown) or "neither classes, prompts nor a number of pictures"
         raise bad("quantize", "MODEL", "a pipeline that draws from classes, prompts or nothing", f"{kind}: {what}")
@@ -212,17 +220,23 @@ def drawing(pipeline: Any, *, steps: int | None = None) -> Callable[[int, int], 
     return draw
 
 
-def _method(job: PipelineJob) -> Any:  # noqa: ANN401
-    preset = METHODS[job.method]()
-    sized = {} if job.group_size is None else {"group_size": job.group_size}
-    method = METHODS[job.method](bits=job.bits, **sized)
-    if isinstance(preset.weight, Affine):
-        method = replace(method, weight=replace(method.weight, ragged=True))  # type: ignore[arg-type, type-var]
-    if job.act_bits is not None:
-        act = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
-        method = replace(method, act=replace(act, bits=job.act_bits))
-    if isinstance(method.act, Affine) and method.act.group_size is not None:
-        method = replace(method, act=replace(method.act, ragged=True))
+def _method(job: PipelineJob) -> Method:
+    preset = METHODS[job.method]
+    asked: dict[str, Any] = {"bits": job.bits}
+    if job.group_size is not None:
+        asked["group_size"] = job.group_size
+    own = "act_bits" in inspect.signature(preset).parameters
+    if own and job.act_bits is not None:
+        asked["act_bits"] = job.act_bits
+    method = preset(**asked)
+    if job.act_bits is not None and not own:
+        given = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
+        method = replace(method, act=replace(given, bits=job.act_bits))
+    weight, act = method.weight, method.act  # channels of denoisers seldom divide: the last group may be shorter
+    if isinstance(weight, Affine) and weight.group_size is not None:
+        method = replace(method, weight=replace(weight, ragged=True))
+    if isinstance(act, Affine) and act.group_size is not None:
+        method = replace(method, act=replace(act, ragged=True))
     return method
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from planish._support import bad, warn_once
 from planish.quant import fold
-from planish.quant.conv import is_conv
+from planish.quant.admission import check_layers
 from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format, Weight
 from planish.quant.layers import QLinear
@@ -27,7 +27,7 @@ from planish.quant.precision import Dense, restore, round_off
 from planish.quant.record import Record
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
-from planish.quant.sites import Site, find_sites, is_linear, rebind, set_weight, stays_float, weight_of
+from planish.quant.sites import Site, find_sites, rebind, set_weight, weight_of
 from planish.quant.snapshot import Snapshot, own
 from planish.quant.stream import Block, Stream, Weights, find_stacks, tensors_in
 from planish.quant.transforms import Transform
@@ -393,21 +393,3 @@ def _process_blocks(
         report.add(entry)
         walk.progress("quantize", first + index + 1, first + 1 if stream.whole else walk.blocks)
     return clean, hidden
-
-
-def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -> None:
-    """Refuse, by name, weights that cannot be rounded: not finite, or not divisible into groups."""
-    where = f"quantize, block {block.name or 'model'}"
-    for name, module in block.module.named_modules():
-        rounded = is_linear(module) or (method.convolutions and is_conv(module))
-        if not rounded or stays_float(module) or skipped(name):
-            continue
-        weight = weight_of(module)
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{where}, `{name}`: its weight holds NaN or Inf.")
-        try:
-            method.of(is_conv(module)).weight.n_groups(weight.shape[1])
-        except ValueError as error:
-            raise ValueError(
-                f"{where}, `{name}`: {str(error).removeprefix('Affine: ').removeprefix('FP4: ')}"
-            ) from None

@@ -4,6 +4,7 @@ State lies beside the target in `OUT.journal` until the target is whole. What is
 the checkpoint is read back.
 """
 
+import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -110,8 +111,12 @@ def run(job: Job, *, say: Callable[[str], None], progress: Progress) -> Done:
     if size is None and preset.weight.group_size is not None:
         size = sources.auto_group_size(model)
         say(f"groups of {size}: the largest of 128, 64 and 32 that divides every layer")
-    method = METHODS[job.method](bits=job.bits, group_size=size, scale_dtype=scales)
-    if job.act_bits is not None:
+    asked: dict[str, Any] = {"bits": job.bits, "group_size": size, "scale_dtype": scales}
+    own = "act_bits" in inspect.signature(METHODS[job.method]).parameters
+    if own and job.act_bits is not None:
+        asked["act_bits"] = job.act_bits
+    method = METHODS[job.method](**asked)
+    if job.act_bits is not None and not own:
         act = method.act if isinstance(method.act, Affine) else Affine(group_size=None, scale_dtype="float32")
         method = replace(method, act=replace(act, bits=job.act_bits))
     length = min(job.window, getattr(model.config, "max_position_embeddings", None) or job.window)

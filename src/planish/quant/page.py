@@ -338,7 +338,7 @@ def _ranges(report: Json) -> str:
     most = sorted(found, key=lambda pair: -pair[1])[:8]
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{times:.1f}-fold</dd>" for name, times in most)
     told = "How far the largest input of a layer moves over the timesteps; the layers where it moves most."
-    return _section("What changes with the timestep", f'<dl class="details">{rows}</dl><p>{told}</p>')
+    return _section("What changes with the timestep", f'<dl class="ranges">{rows}</dl><p>{told}</p>')
 
 
 def _details(report: Json) -> str:

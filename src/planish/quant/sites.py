@@ -125,13 +125,9 @@ def set_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
 
 
 def find_sites(
-    block: Block,
-    skip: Callable[[str], bool],
-    known: dict[Any, list[Site]] | None = None,
-    *,
-    convolutions: bool = False,
-    probe: bool = True,
-) -> list[Site]:
+    block: Block, skip: Callable[[str], bool], known: dict[Any, list[Site]] | None = None, *,
+    convolutions: bool = False, probe: bool = True,
+) -> list[Site]:  # fmt: skip
     """Find who shares an input in a block and who makes it.
 
     Args:
@@ -170,8 +166,7 @@ def rebind(site: Site, block: Block) -> Site:
     get = block.module.get_submodule
     producer = None if site.producer_name is None else get(site.producer_name)
     return Site(
-        kind=site.kind,
-        consumers={n: get(n) for n in site.consumers},
+        kind=site.kind, consumers={n: get(n) for n in site.consumers},
         readers={n: get(n) for n in site.readers},
         producer=producer, producer_name=site.producer_name, channels=site.channels,
         partners={n: get(n) for n in site.partners},

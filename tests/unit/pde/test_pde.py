@@ -1,5 +1,6 @@
 """Sweeps, pictures and certificates of the room of equations; bad input."""
 
+import math
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from planish.pde import (
     classical_constant,
     concentration_sweep,
     find_solutions,
+    growth_bound,
     lower_bound,
     minimize_on_nehari,
     solve_ground_state,
@@ -161,3 +163,30 @@ def test_a_power_for_a_nonlinearity():
 def test_a_mistake_is_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         call()
+
+
+def test_growth_bound_is_its_series():
+    for dim, s in ((1, 0.5), (1, 0.4), (2, 0.5), (2, 0.8)):
+        p = dim / s
+        terms = sum((k + 1) ** (dim - 1) / (dim + 2 * k) ** p for k in range(160))
+        last = 160
+        # what is left of the series, as an integral: k + 1/2 in the middle of a step
+        rest = (
+            (1 + 2 * last - 1) ** (1 - p) / (2 * (p - 1)) if dim == 1 else 2.0**-p * (last + 0.5) ** (2 - p) / (p - 2)
+        )
+        sphere = 2.0 if dim == 1 else 2 * math.pi
+        series = dim * (2 * sphere**2 * math.gamma(p + 1) / math.factorial(dim) * (terms + rest)) ** (s / (dim - s))
+        assert growth_bound(dim, s) == pytest.approx(series, rel=1e-4)
+
+
+def test_growth_of_a_solution_is_reported_and_admissible():
+    state = solve_ground_state(small(q=4, half_width=20, n=201))
+    norm = float(state.u.square().sum() * 0.2) + float(small(q=4, half_width=20, n=201).first.energy(state.u))
+    assert state.growth == pytest.approx(norm * 4 / 3 / (2 * math.pi**2))
+    assert 0 < state.growth < 1
+    assert small(nonlinearity=PowerNonlinearity(4), q=4).exponential_growth(torch.ones(101, dtype=F64)) is None
+
+
+def test_a_power_too_small_for_the_potential_is_refused():
+    with pytest.raises(ValueError, match=r"`nonlinearity` must be one that starts with a power of 1.9 or more"):
+        small(q=2.5, mu=0.1, nonlinearity=PowerNonlinearity(1.5))

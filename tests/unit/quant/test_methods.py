@@ -112,6 +112,18 @@ def test_undoing_the_incoming_error_brings_the_output_closer(net):
     assert error(net, half)[1].blocks[-1].error < error(net, plain)[1].blocks[-1].error
 
 
+def test_best_takes_another_way_where_activations_are_rounded_hard(net):
+    eight, four = quant.best(group_size=32, act_bits=8), quant.best(group_size=32, act_bits=4)
+    assert (eight.act.bits, eight.online, eight.transform, eight.round.correct) == (8, False, no_transform, 0.5)
+    assert isinstance(four.transform, DuRotate) and four.online and four.act.clip < 1
+    lost, _ = error(net, four)
+    plain = replace(quant.rtn(group_size=32), act=replace(four.act, clip=1.0), online=True)
+    assert lost < 0.7 * error(net, plain)[0]
+    assert lost < error(net, quant.duquant(group_size=32))[0]
+    with pytest.raises(ValueError, match=r"best: `act_bits` must be None or an integer from 2 to 8; got 1."):
+        quant.best(act_bits=1)
+
+
 def test_local_scales_beat_no_scales_and_fold(net):
     awq = quant.awq(bits=3, group_size=32, clip=False)
     scaled, report = error(net, awq)

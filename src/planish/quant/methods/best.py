@@ -19,6 +19,10 @@ ranges. It does where a few channels carry activations far larger, and weights f
 range serves both; `alpha` puts it first. Where data is scarce (below some 4,000 tokens) or time is, `smoothquant_plus`
 is the better choice: it fits one number a layer, not a matrix.
 
+Where activations are rounded too (`act_bits`), their outliers matter more than anything that the weights' rounding can
+do. Down to 6 bits a scale a token serves them as they are. Below, DuQuant's smoothing and rotations come first, and the
+third idea is left out: what comes in with activations of 4 bits is mostly noise, which is not worth fitting.
+
 Reference:
     Li et al., GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration, 2025, for the third idea, in
     another form. https://arxiv.org/abs/2504.02692
@@ -26,8 +30,10 @@ Reference:
 
 from dataclasses import replace
 
+from planish._support import bad
 from planish.quant.engine import Method
 from planish.quant.formats import Affine
+from planish.quant.methods.duquant import DuRotate
 from planish.quant.methods.gptq import Compensate
 from planish.quant.methods.smoothquant_plus import Smooth
 
@@ -39,7 +45,8 @@ def best(
     symmetric: bool = False,
     ragged: bool = False,
     scale_dtype: str = "float16",
-    correct: float = 0.5,
+    act_bits: int | None = None,
+    correct: float | None = None,
     alpha: float | None = None,
 ) -> Method:
     """Round with compensation, clipped ranges, and half of the incoming error undone.
@@ -50,8 +57,11 @@ def best(
         symmetric: No zero points. Default False.
         ragged: Allow a shorter last group.
         scale_dtype: See `planish.quant.Affine`.
-        correct: See `planish.quant.methods.gptq.Compensate`.
-        alpha: Smooth first, with this strength in [0, 1] and by mean squares; default not at all.
+        act_bits: Bits of an activation, from 2 to 8, one scale a token; default None, activations stay in float. Below
+            6, rotations run in every forward.
+        correct: See `planish.quant.methods.gptq.Compensate`; default 0.5, and 0 with `act_bits` below 6.
+        alpha: Smooth first, with this strength in [0, 1] and by mean squares; default not at all, and 0.6, by maxima,
+            before rotations.
 
     Returns:
         The method.
@@ -64,7 +74,16 @@ def best(
         True
     """
     grid = Affine(bits, group_size, symmetric, ragged, scale_dtype)
-    method = Method("best", grid, round=Compensate(clip=True, correct=correct))
+    if act_bits is not None and not 2 <= act_bits <= 8:
+        raise bad("best", "act_bits", "None or an integer from 2 to 8", act_bits)
+    turned = act_bits is not None and act_bits < 6
+    share = correct if correct is not None else 0.0 if turned else 0.5
+    method = Method("best", grid, round=Compensate(clip=True, correct=share))
+    if act_bits is not None:
+        act = Affine(act_bits, None, scale_dtype="float32", clip=0.9 if turned else 1.0)
+        method = replace(method, act=act, online=turned)
+    if turned:
+        return replace(method, transform=DuRotate(Smooth(0.6 if alpha is None else alpha)))
     if alpha is None:
         return method
     return replace(method, transform=Smooth(alpha, act_stat="rms", weight_stat="group_normalized"))

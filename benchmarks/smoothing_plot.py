@@ -1,0 +1,57 @@
+"""`python -m benchmarks.smoothing_plot`: the picture of docs/papers/ppg.md, from what `smoothing` measured.
+
+Left: bias of each sweep beside that of PaRIS at the cost of all ten. Right: bias and spread of estimates of one cost.
+"""
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.harness import ROOT
+from benchmarks.smoothing import BIAS, BY_SWEEP
+from benchmarks.tables import Results
+
+TARGET = ROOT / "docs" / "papers" / "ppg.svg"
+OURS, RIVAL, GREY = "#2a6f97", "#c1541f", "#777777"
+
+
+def main() -> None:
+    run = Results().newest("smoothing")
+    if run is None:
+        raise SystemExit("nothing measured yet: `python -m benchmarks smoothing` first")
+    plt.rcParams.update({"svg.hashsalt": "planish", "font.size": 9})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
+    found = [row for row in run["rows"] if row["case"] == BY_SWEEP]
+    sweeps = [int(row["subject"].split()[1]) for row in found]
+    values = [abs(row["value"]) for row in found]
+    low = [max(0.02, min(abs(row["low"]), abs(row["high"])) if row["low"] * row["high"] > 0 else 0.02) for row in found]
+    high = [max(abs(row["low"]), abs(row["high"])) for row in found]
+    left.errorbar(
+        sweeps, values, [[v - a for v, a in zip(values, low, strict=True)],
+                         [b - v for v, b in zip(values, high, strict=True)]],
+        fmt="o-", color=OURS, ms=4, lw=1.4, elinewidth=0.8, label="PPG, 20 particles, 95 %",
+    )  # fmt: skip
+    table = {(row["subject"], row["metric"]): row for row in run["rows"] if row["case"] == BIAS}
+    names = list(dict.fromkeys(subject for subject, _ in table))
+    one = next(name for name in names if name.startswith("PaRIS"))
+    bias = table[one, "bias"]
+    left.axhspan(*sorted((abs(bias["low"]), abs(bias["high"]))), color=RIVAL, alpha=0.15, lw=0)
+    left.axhline(abs(bias["value"]), color=RIVAL, lw=1.2, label="PaRIS, 200 particles, 95 %")
+    left.set(yscale="log", xlabel="sweep", ylabel="size of the bias", xticks=sweeps, ylim=(0.1, None))
+    left.legend(frameon=False, fontsize=8)
+    for name in names:
+        x, y = abs(table[name, "bias"]["value"]), table[name, "standard deviation"]["value"]
+        colour = OURS if name.startswith("PPG") else RIVAL if name == one else GREY
+        right.plot(x, y, "o", color=colour)
+        said = name.split(":")[0].replace(", first pass + ", ", ").replace("PPG, ", "").replace(" sweeps", "+1 passes")
+        right.annotate(said, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+    right.set(xlabel="size of the bias", ylabel="standard deviation", xscale="log")
+    right.margins(x=0.35, y=0.12)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(TARGET, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
