@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = (
-    *("complexity", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression"),
+    *("complexity", "flows", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression"),
     *("statespace", "tune"),
 )
 _VERBS = ("evaluate", "load", "quantize", "save")

@@ -47,9 +47,10 @@ class FlowDistribution(Distribution):
     @property
     def support(self) -> constraints.Constraint:
         """The box; a feature that is a circle takes any number."""
-        around = torch.tensor(self.flow.periodic, device=self.flow.low.device)
-        low = self.flow.low.masked_fill(around, -torch.inf)
-        return constraints.independent(constraints.interval(low, self.flow.high.masked_fill(around, torch.inf)), 1)
+        low, high = self.flow.low, self.flow.high
+        around = torch.tensor(self.flow.periodic, device=low.device)
+        box = constraints.interval(low.masked_fill(around, -torch.inf), high.masked_fill(around, torch.inf))
+        return constraints.independent(box, 1)
 
     def log_prob(self, value: Float[Tensor, "*b d"]) -> Float[Tensor, "*c"]:
         """Return the log-density, in nats, of the units of x.

@@ -28,6 +28,7 @@ Reference:
     https://arxiv.org/abs/2110.00351
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,9 +74,6 @@ class SmoothFlow(nn.Module):
         (torch.Size([2, 2]), torch.Size([3, 2]))
     """
 
-    low: Tensor
-    high: Tensor
-
     def __init__(
         self,
         features: int,
@@ -107,11 +105,10 @@ class SmoothFlow(nn.Module):
             raise bad("SmoothFlow", "beta", "in [0.5, 2]", beta)
         self.features, self.context = features, context
         self.periodic = [bool(around) for around in _each("periodic", periodic, features)]
-        ends = [torch.tensor(_each(name, end, features), dtype=torch.float64) for name, end in _named(low, high)]
-        if not bool((ends[0] < ends[1]).all()) or not bool(torch.isfinite(ends[1] - ends[0]).all()):
+        # numbers, not buffers: a flow made in float32 and turned to float64 is to have a period of 2 pi, not near it
+        self.ends = _each("low", low, features), _each("high", high, features)
+        if not all(0 < b - a < math.inf for a, b in zip(*self.ends, strict=True)):
             raise bad("SmoothFlow", "high", f"above low ({low})", high)
-        for name, end in zip(("low", "high"), ends, strict=True):
-            self.register_buffer(name, end.to(torch.get_default_dtype()))
         families = coupling.smooth(components, beta, floor) if univariate == "smooth" else coupling.spline(components)
         self.layers = nn.ModuleList(
             coupling.Coupling(active, self.periodic, context, families, hidden_features, generator)
@@ -135,10 +132,20 @@ class SmoothFlow(nn.Module):
             raise bad("SmoothFlow", "context", wanted, tuple(context.shape))
         return FlowDistribution(self, context, validate_args=validate_args)
 
+    @property
+    def low(self) -> Tensor:
+        """The box's lower ends, in the dtype and on the device of the parameters."""
+        return next(self.parameters()).new_tensor(self.ends[0])
+
+    @property
+    def high(self) -> Tensor:
+        """The box's upper ends."""
+        return next(self.parameters()).new_tensor(self.ends[1])
+
     def to_noise(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return noise in [0, 1]^n, circles unrolled, and the log-density of x."""
-        u = (x - self.low) / (self.high - self.low)
-        total = -(self.high - self.low).log().sum()
+        low, high = self.low, self.high
+        u, total = (x - low) / (high - low), -(high - low).log().sum()
         for layer in self.layers:
             u, ladj = layer(u, context)
             total = total + ladj
@@ -146,27 +153,24 @@ class SmoothFlow(nn.Module):
 
     def from_noise(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return x, circles rolled up, and the log-density there."""
-        total = -(self.high - self.low).log().sum()
+        low, high = self.low, self.high
+        total = -(high - low).log().sum()
         for layer in reversed(self.layers):
             z, ladj = layer.inverse(z, context)  # type: ignore[operator]
             total = total + ladj
         around = torch.tensor(self.periodic, device=z.device)
         z = torch.where(around, z - torch.floor(z.detach()), z.clamp(0, 1))
-        x = self.low + z * (self.high - self.low)
-        return torch.where(around & (x >= self.high), self.low, x), total  # rounding: 1 - 1e-9 is 1 in float32
+        x = low + z * (high - low)
+        return torch.where(around & (x >= high), low, x), total  # rounding: 1 - 1e-9 is 1 in float32
 
     def extra_repr(self) -> str:
         """Name what distinguishes flows."""
         return f"features={self.features}, context={self.context}, periodic={self.periodic}"
 
 
-def _named(low: object, high: object) -> tuple[tuple[str, object], ...]:
-    return ("low", low), ("high", high)
-
-
-def _each(name: str, value: object, features: int) -> list[bool | float]:
+def _each(name: str, value: int | float | Sequence[int | float], features: int) -> list[int | float]:
     """Return a value for each feature."""
-    given = [value] * features if isinstance(value, bool | int | float) else list(value)  # type: ignore[call-overload]
+    given = [value] * features if isinstance(value, bool | int | float) else list(value)
     if len(given) != features:
         raise bad("SmoothFlow", name, f"one value, or {features}", value)
     return given

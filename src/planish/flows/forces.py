@@ -92,13 +92,15 @@ def force_matching_loss(
     zero = x.new_zeros(())
     force_mse = kl = zero
     if force_weight:
-        at = x.detach().requires_grad_()
-        log_prob = density.log_prob(at)
-        (made,) = torch.autograd.grad(log_prob.sum(), at, create_graph=True)
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():  # a validation loss has forces too
+            at = x.detach().requires_grad_()
+            log_prob = density.log_prob(at)
+            (made,) = torch.autograd.grad(log_prob.sum(), at, create_graph=keep)
         force_mse = (made - forces).square().mean()
     else:
         log_prob = density.log_prob(x)
-    nll = -log_prob.mean()
+    nll = -log_prob.mean() if torch.is_grad_enabled() else -log_prob.detach().mean()
     if kl_weight and energy is not None:
         drawn, log_q = density.rsample_and_log_prob((n_samples,), generator)
         kl = (energy(drawn) + log_q).mean()

@@ -33,11 +33,11 @@ class ImplicitInverse:
             Default 2, which force matching needs.
         validate: Check bracket, monotony and input; default True.
         steps: Take this many Newton steps and look at nothing, for `torch.compile` and `torch.func.vmap` (with
-            `validate=False`); default None, which stops by `tol`.
+            `validate=False` and an f that returns slopes); default None, which stops by `tol`.
 
     Raises:
         ValueError: An argument is out of range; the root is not in the bracket; f is not monotone.
-        NotConverged: The search did not end, as with slopes that are not those of f.
+        NotConverged: The search did not end, as where f is NaN.
 
     Example:
         >>> cube_root = ImplicitInverse(lambda x: x**3, (0.0, 2.0))
@@ -68,6 +68,7 @@ class ImplicitInverse:
             raise bad("ImplicitInverse", "steps", "at least 0", steps)
         self.f, self.bracket, self.bins, self.tol = f, bracket, bins, tol
         self.newton_steps, self.validate, self.steps = newton_steps, validate, steps
+        self._gives_slopes: bool | None = None  # not known before the first call
 
     def __call__(self, y: Float[Tensor, "*b"]) -> Float[Tensor, "*c"]:
         """Return x with f(x) = y."""
@@ -90,19 +91,18 @@ class ImplicitInverse:
         return x, True
 
     def _value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        keep = torch.is_grad_enabled()
-        if not keep:
+        if self._gives_slopes is not False:
             made = self.f(x)
+            self._gives_slopes = isinstance(made, tuple)
             if isinstance(made, tuple):
                 return made
+        keep = torch.is_grad_enabled()
         with torch.enable_grad():
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
-            made = self.f(x)
-            if isinstance(made, tuple):
-                return made
-            (slope,) = torch.autograd.grad(made.sum(), x, create_graph=keep)
-        return (made, slope) if keep else (made.detach(), slope)
+            value = _first(self.f(x))
+            (slope,) = torch.autograd.grad(value.sum(), x, create_graph=keep)
+        return (value, slope) if keep else (value.detach(), slope)
 
     def _slope(self, x: Tensor) -> Tensor:
         return self._value_and_slope(x)[1]
@@ -140,7 +140,7 @@ class ImplicitInverse:
             # an element that has arrived stays: the other elements' steps are none of its business
             moved = torch.where((last <= tol) | (above.abs() <= rounding), x, there)
             last, x = (moved - x).abs(), moved
-            if self.steps is None and bool((last <= tol).all()):
+            if self.steps is None and bool(((last <= tol) & torch.isfinite(value)).all()):
                 return x
         if self.steps is None:
             raise NotConverged(f"ImplicitInverse: the search did not end in {_MOST} steps.", best=x)
@@ -158,6 +158,8 @@ class ImplicitInverse:
     def _check(self, y: Tensor, at: list[Tensor], sign: Tensor, slack: Tensor, ends: list[Tensor]) -> None:
         if not bool(torch.isfinite(y).all()):
             raise bad("ImplicitInverse", "y", "finite", "NaN or infinity")
+        if not all(bool(torch.isfinite(value).all()) for value in at):
+            raise bad("ImplicitInverse", "f", "finite at the ends of the bracket", "NaN or infinity")
         if not bool((ends[0] < ends[1]).all()) or not bool((at[0] != at[1]).all()):
             raise bad("ImplicitInverse", "bracket", "two different ends in order, with two values of f", self.bracket)
         missed = (sign * (y - at[0]) < -slack) | (sign * (at[1] - y) < -slack)

@@ -4,7 +4,7 @@ They take unconstrained parameters, as conditioners give them, with K bumps on t
 where zuko's flows ask for a `univariate` transform. Inverses are numerical, and differentiable to third order.
 """
 
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,9 @@ from torch.distributions import Transform, constraints
 from planish._support import bad
 from planish.flows.bumps import Bumps
 from planish.flows.inverse import ImplicitInverse
+
+
+Kind = TypeVar("Kind", bound="_Smooth")
 
 
 class Univariate(Transform):
@@ -91,7 +94,7 @@ class _Smooth(Univariate):
         )
 
     @classmethod
-    def of(cls, bumps: Bumps, *, low: int | float = 0.0, high: int | float = 1.0) -> Self:
+    def of(cls: type[Kind], bumps: Bumps, *, low: int | float = 0.0, high: int | float = 1.0) -> Kind:
         """Make the transform of given bumps instead of raw parameters.
 
         Args:
