@@ -24,6 +24,7 @@ NAMES = (
     "hardness",
     "choquard",
     "smoothing",
+    "flows",
     "noise",
     "activations",
     "private",
