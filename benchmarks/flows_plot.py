@@ -1,6 +1,6 @@
 """`python -m benchmarks.flows_plot`: the picture of docs/papers/smooth_flows.md, of two flows trained by likelihood.
 
-Left: log-densities along a cut through three basins. Middle: their slopes, the forces along the cut. Right: the total
+Left: log-densities along a cut through two basins. Middle: their slopes, the forces along the cut. Right: the total
 energy of one simulation on each.
 """
 

@@ -14,6 +14,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
     planish.statespace smooth a time series
+    planish.flows      densities with forces
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
