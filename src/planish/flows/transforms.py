@@ -15,7 +15,6 @@ from planish._support import bad
 from planish.flows.bumps import Bumps
 from planish.flows.inverse import ImplicitInverse
 
-
 Kind = TypeVar("Kind", bound="_Smooth")
 
 
