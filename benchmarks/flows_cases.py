@@ -63,8 +63,9 @@ class Zuko(nn.Module):
         super().__init__()
         import zuko  # noqa: PLC0415
 
-        torch.manual_seed(seed)
-        self.flow = zuko.flows.NCSF(2, bins=8, transforms=layers, hidden_features=(64, 64), activation=nn.SiLU)
+        with torch.random.fork_rng(devices=[]):  # zuko draws its weights from the global state
+            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+            self.flow = zuko.flows.NCSF(2, bins=8, transforms=layers, hidden_features=(64, 64), activation=nn.SiLU)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-densities; the flow wants angles in [-pi, pi)."""
