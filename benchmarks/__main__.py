@@ -13,6 +13,7 @@ NAMES = (
     "quant",
     "cost",
     "search",
+    "diffusion",
     "evolve",
     "calibration",
     "tune",

@@ -13,6 +13,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.optim      minimize what is steep, or has a Hessian
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
+    planish.diffusion  make diffusion models fast
     planish.statespace smooth a time series
     planish.flows      densities with forces
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = (
-    *("complexity", "flows", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression"),
-    *("statespace", "tune"),
+    *("complexity", "diffusion", "flows", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant"),
+    *("regression", "statespace", "tune"),
 )
 _VERBS = ("evaluate", "load", "quantize", "save")
 

@@ -161,7 +161,7 @@ def demo(
 
 @command
 def quantize(
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline of diffusers. " + MODEL)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to be written; it must not exist yet.")],
     method: Annotated[
         str, typer.Option(help="best, smoothquant+, awq, gptq, rtn, duquant, svdquant, evol-q, nipq.")
@@ -179,19 +179,28 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on where an interrupted run stopped.")] = True,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    images: Annotated[int, typer.Option(min=1, help="A pipeline: pictures to calibrate on.")] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, help="A pipeline: steps of its sampler.")] = None,
 ) -> None:
     """Quantize a model to a new directory, with a report beside it; killed, it goes on."""
     aloud, console = Console(stderr=True), Console()
     _new(out)
+    if (Path(model).expanduser() / "model_index.json").is_file():
+        from planish.plugins import pipeline_job  # noqa: PLC0415
+
+        task = pipeline_job.PipelineJob(Path(model).expanduser(), model, out, method, bits, group_size, act_bits,
+                                        images, steps, not resume, _device(device), dtype)  # fmt: skip
+        with _bars(aloud) as progress:
+            told = pipeline_job.run(task, say=lambda text: aloud.print(f"[dim]{_plain(text)}[/dim]"), progress=progress)
+        console.print(str(told), markup=False, highlight=False, soft_wrap=True)
+        return
     with aloud.status("opening the model (a GGUF file is expanded once, which takes about a minute)"):
         from planish.quant import jobs, sources  # noqa: PLC0415
 
         source, where = sources.resolve(model), _device(device)
     text = None if data == "auto" else Path(data)
-    job = jobs.Job(
-        source, model, out, method, bits, group_size, text, tokens, eval_tokens, window, layout, not resume, where,
-        dtype, act_bits,
-    )  # fmt: skip
+    job = jobs.Job(source, model, out, method, bits, group_size, text, tokens, eval_tokens, window, layout, not resume,
+                   where, dtype, act_bits)  # fmt: skip
     with _bars(aloud) as progress:
         done = jobs.run(job, say=lambda text: aloud.print(f"[dim]{_plain(text)}[/dim]"), progress=progress)
     console.print(done.report, markup=False, highlight=False)

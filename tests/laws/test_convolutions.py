@@ -97,6 +97,19 @@ def test_convolutions_are_rounded_only_where_asked_for(method):
     assert 0 < report.blocks[0].error < 1
 
 
+def test_convolutions_may_have_a_method_of_their_own():
+    own = replace(rtn(bits=8, group_size=None), act=Affine(8, None))
+    model = net()
+    quantize(model, [images()], replace(rtn(bits=4, group_size=16, ragged=True), convolutions=own))
+    assert [(m.format.bits, m.format.group_size, m.act) for m in model.modules() if isinstance(m, QConv)] == (
+        [(8, None, Affine(8, None))] * 3
+    )
+    assert (model[8].format.bits, model[8].format.group_size, model[8].act) == (4, 16, None)
+    assert "convolutions=rtn(weight=" in repr(replace(rtn(), convolutions=own))
+    with pytest.raises(ValueError, match=r"block model, `0`: 27 channels cannot be split in groups of 128"):
+        quantize(net(), [images()], replace(rtn(bits=4, group_size=16, ragged=True), convolutions=rtn()))
+
+
 def test_compensation_sees_patches():
     """What GPTQ gains on the output of a convolution, it gains by the correlations of patches."""
     torch.manual_seed(0)

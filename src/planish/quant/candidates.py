@@ -71,7 +71,7 @@ def search(
         >>> search(model, [torch.randn(32, 64)], [rtn(bits=2, group_size=32), rtn(bits=8, group_size=32)]).best
         1
     """
-    where["convolutions"] = any(method.convolutions for method in methods)
+    where["convolutions"] = any(bool(method.convolutions) for method in methods)
     return compare(Walk(model, batches, **where), methods, objective=objective, drop=drop)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from planish._support import bad, warn_once
 from planish.quant import fold
-from planish.quant.conv import in_place_of, is_conv
+from planish.quant.admission import check_layers
+from planish.quant.conv import in_place_of
 from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format, Weight
 from planish.quant.layers import QLinear
@@ -26,7 +27,7 @@ from planish.quant.precision import Dense, restore, round_off
 from planish.quant.record import Record
 from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
-from planish.quant.sites import Site, find_sites, is_linear, rebind, set_weight, stays_float, weight_of
+from planish.quant.sites import Site, find_sites, rebind, set_weight, weight_of
 from planish.quant.snapshot import Snapshot, own
 from planish.quant.stream import Block, Stream, Weights, find_stacks, tensors_in
 from planish.quant.transforms import Transform
@@ -62,7 +63,8 @@ class Method:
         refine: After a block is rounded: may adjust its scales.
         online: Keep a transform that cannot be folded, at the price of one more operation in every forward and of a
             checkpoint that stock engines do not read. Default False: such a transform is left out.
-        convolutions: Round convolutions as well. Default False: they stay in float.
+        convolutions: Round convolutions as well, by this method's own grids and rounding, or by those of another method
+            given here. Default False: they stay in float.
         feed: Which inputs the rounding step sees: "quantized" (what the blocks before really give) or "float".
         findings: What the plan found on its way (JSON-able), for the report.
 
@@ -82,7 +84,7 @@ class Method:
     round: Callable[[Site, "Method"], dict[str, nn.Module]] = field(default_factory=Nearest)
     refine: Callable[[Block, "Method"], None] = no_refine
     online: bool = False
-    convolutions: bool = False
+    convolutions: "bool | Method" = False
     feed: str = "quantized"
     findings: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -90,6 +92,16 @@ class Method:
         """Check the arguments."""
         if self.feed not in ("quantized", "float"):
             raise bad("Method", "feed", "'quantized' or 'float'", self.feed)
+
+    def of(self, convolution: bool) -> "Method":
+        """Return the method for a linear layer or a convolution: this one, or that of `convolutions`."""
+        return self.convolutions if convolution and isinstance(self.convolutions, Method) else self
+
+    @property
+    def folds(self) -> bool:
+        """Whether a transform may want to go into the layer before; else nobody looks for such layers."""
+        wants = self.transform is not no_transform and getattr(self.transform, "fold", True)
+        return wants or self.plan is not no_plan
 
     def __repr__(self) -> str:
         """Return the provenance: every step that differs from doing nothing, the same in every process."""
@@ -112,7 +124,8 @@ class Walk:
         weights: See `quantize`.
         progress: Called as progress(stage, done, total) after every block.
         journal: See `quantize`.
-        convolutions: See `Method`.
+        convolutions: Whether convolutions make sites.
+        probe: Whether it is wanted which layers can absorb a transform; looking for them takes many runs of a block.
 
     Raises:
         ValueError: See `quantize`.
@@ -129,6 +142,7 @@ class Walk:
         progress: Callable[[str, int, int], None] | None = None,
         journal: Record | None = None,
         convolutions: bool = False,
+        probe: bool = True,
     ) -> None:
         if any(isinstance(m, QLinear) for m in model.modules()):
             raise bad("quantize", "model", "a float model", "one that holds QLinear layers already")
@@ -136,7 +150,7 @@ class Walk:
         unfuse(model)  # experts kept as one tensor become linears; the function stays the same
         self.stream = Stream(model, batches, device=device, weights=weights)
         self.blocks = sum(len(names) for names, _ in find_stacks(model))
-        self.journal, self.convolutions = journal, convolutions
+        self.journal, self.convolutions, self.probe = journal, convolutions, probe
         self.progress = progress or (lambda stage, done, total: None)
         self.known: dict[Any, list[Site]] = {}
 
@@ -173,7 +187,8 @@ class Walk:
 
     def sites(self, block: Block) -> list[Site]:
         """Return the sites of a block, probing each shape of block once."""
-        return find_sites(block, self.skipped(block.name), self.known, convolutions=self.convolutions)
+        how = {"convolutions": self.convolutions, "probe": self.probe}
+        return find_sites(block, self.skipped(block.name), self.known, **how)
 
 
 def process(block: Block, sites: list[Site], method: Method, *, trial: bool = False) -> dict[str, bool]:
@@ -203,13 +218,14 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
             block.keep, block.first, block.device,
         )  # fmt: skip
     for site in sites:  # 2. round: lossy
-        step = Nearest() if site.unseen else method.round
-        exact = method.act is None and site.online is None and method.refine is no_refine
+        own = method.of(site.convolution)
+        step = Nearest() if site.unseen else own.round
+        exact = own.act is None and site.online is None and method.refine is no_refine
         if trial and isinstance(step, Nearest) and exact:
-            for name, weight in step.values(site, method).items():
+            for name, weight in step.values(site, own).items():
                 set_weight(site.consumers[name], weight)
         else:
-            place(block, step(site, method))
+            place(block, step(site, own))
     method.refine(block, method)  # 3. refine
     block.twin = None
     return folded
@@ -303,7 +319,7 @@ def quantize(
         method = best()
     began = time.perf_counter()
     walk = Walk(model, batches, skip=skip, device=device, weights=weights, progress=progress, journal=journal,
-                convolutions=method.convolutions)  # fmt: skip
+                convolutions=bool(method.convolutions), probe=method.folds)  # fmt: skip
     with journal.opened(walk, method) if journal else nullcontext():
         return _walk_blocks(walk, method, began)
 
@@ -377,21 +393,3 @@ def _process_blocks(
         report.add(entry)
         walk.progress("quantize", first + index + 1, first + 1 if stream.whole else walk.blocks)
     return clean, hidden
-
-
-def check_layers(block: Block, skipped: Callable[[str], bool], method: Method) -> None:
-    """Refuse, by name, weights that cannot be rounded: not finite, or not divisible into groups."""
-    where = f"quantize, block {block.name or 'model'}"
-    for name, module in block.module.named_modules():
-        rounded = is_linear(module) or (method.convolutions and is_conv(module))
-        if not rounded or stays_float(module) or skipped(name):
-            continue
-        weight = weight_of(module)
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{where}, `{name}`: its weight holds NaN or Inf.")
-        try:
-            method.weight.n_groups(weight.shape[1])
-        except ValueError as error:
-            raise ValueError(
-                f"{where}, `{name}`: {str(error).removeprefix('Affine: ').removeprefix('FP4: ')}"
-            ) from None

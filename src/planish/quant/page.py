@@ -2,7 +2,8 @@
 
 `report.json` is what `Report.to_json()` says, and where they are known: `model` (its name), `planish` (the version),
 `evaluations` (by name, `Evaluation.to_json()`; "base" is the float original), `subject` (the name of the model that was
-saved), `data` (what it was calibrated and evaluated on), `samples` (texts before and after), `machine`.
+saved), `data` (what it was calibrated and evaluated on), `samples` (texts before and after), `machine`. Of a pipeline
+that draws: `pictures` (name and PNG in base64, same seeds before and after), `psnr`, `error_by_step`, `ranges`.
 """
 
 import importlib.resources
@@ -66,6 +67,8 @@ def render(report: Json) -> str:
         _head(report),
         _figures(report),
         _evaluation(report),
+        _pictures(report),
+        _two(_by_step(report), _ranges(report)),
         _two(_blocks(report), _reliability(report)),
         _two(_search(report), _folds(report)),
         _samples(report),
@@ -123,6 +126,8 @@ def _figures(report: Json) -> str:
         cards.append((f"{100 * ours['agreement'][0]:.1f} %", "same next token", "most probable one, as in float"))
     if ours.get("kl"):
         cards.append((f"{ours['kl'][0]:.3f}", "KL divergence", "nats a token, from float"))
+    if report.get("psnr"):
+        cards.append((f"{report['psnr']:.1f} dB", "PSNR", "of pictures, to float's of the same seeds"))
     if ours.get("cosine"):
         cards.append((f"{ours['cosine'][0]:.4f}", "cosine", "of outputs, to float"))
     made = "".join(f"<li><b>{a}</b><span>{b}</span><small>{c}</small></li>" for a, b, c in cards)
@@ -304,6 +309,36 @@ def _samples(report: Json) -> str:
         )
         made.append(f'<article><h3>{escape(str(sample["prompt"]))}</h3><div class="pair">{texts}</div></article>')
     return _section("In its own words", "".join(made)) if made else ""
+
+
+def _pictures(report: Json) -> str:
+    made = []
+    for picture in report.get("pictures") or []:
+        name = escape(str(picture["name"]))
+        source = escape(f"data:image/png;base64,{picture['png']}")
+        made.append(f'<figure><figcaption>{name}</figcaption><img src="{source}" alt="{name}"></figure>')
+    return _section("The same seeds, before and after", f'<div class="pictures">{"".join(made)}</div>') if made else ""
+
+
+def _by_step(report: Json) -> str:
+    points = [(float(step), error) for step, error in report.get("error_by_step") or [] if error]
+    if len(points) < 2:
+        return ""
+    x = axis_of("timestep: pictures at the left, noise at the right", [p[0] for p in points])
+    y = axis_of("relative squared error", [p[1] for p in points], log=True)
+    told = "Squared error of the denoiser's answers relative to float, on the calls that it was fitted to."
+    made = chart("Error by timestep", x, y, [Series("error", sorted(points), dots=True)])
+    return _section("When the error arises", f"{made}<p>{told}</p>")
+
+
+def _ranges(report: Json) -> str:
+    found = [(name, high / low) for name, (low, high) in (report.get("ranges") or {}).items() if low]
+    if not found:
+        return ""
+    most = sorted(found, key=lambda pair: -pair[1])[:8]
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{times:.1f}-fold</dd>" for name, times in most)
+    told = "How far the largest input of a layer moves over the timesteps; the layers where it moves most."
+    return _section("What changes with the timestep", f'<dl class="ranges">{rows}</dl><p>{told}</p>')
 
 
 def _details(report: Json) -> str:

@@ -125,8 +125,9 @@ def set_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
 
 
 def find_sites(
-    block: Block, skip: Callable[[str], bool], known: dict[Any, list[Site]] | None = None, *, convolutions: bool = False
-) -> list[Site]:
+    block: Block, skip: Callable[[str], bool], known: dict[Any, list[Site]] | None = None, *,
+    convolutions: bool = False, probe: bool = True,
+) -> list[Site]:  # fmt: skip
     """Find who shares an input in a block and who makes it.
 
     Args:
@@ -134,6 +135,7 @@ def find_sites(
         skip: Says which layers (by name in the block) stay in float.
         known: Findings by shape of block, read and extended: blocks alike are probed once.
         convolutions: Whether convolutions make sites as well, each its own.
+        probe: Whether to look for the layers that can absorb a transform.
 
     Returns:
         The sites in order of execution.
@@ -143,7 +145,7 @@ def find_sites(
     if known is not None and signature in known:
         return [rebind(site, block) for site in known[signature]]
     trace = _Trace(block)
-    sites = trace.sites(skip, convolutions=convolutions)
+    sites = trace.sites(skip, convolutions=convolutions, probe=probe)
     if known is not None:
         known[signature] = [_outline(site) for site in sites]
     return sites
@@ -164,8 +166,7 @@ def rebind(site: Site, block: Block) -> Site:
     get = block.module.get_submodule
     producer = None if site.producer_name is None else get(site.producer_name)
     return Site(
-        kind=site.kind,
-        consumers={n: get(n) for n in site.consumers},
+        kind=site.kind, consumers={n: get(n) for n in site.consumers},
         readers={n: get(n) for n in site.readers},
         producer=producer, producer_name=site.producer_name, channels=site.channels,
         partners={n: get(n) for n in site.partners},
@@ -218,7 +219,7 @@ class _Trace:
             for handle in handles:
                 handle.remove()
 
-    def sites(self, skip: Callable[[str], bool], *, convolutions: bool) -> list[Site]:
+    def sites(self, skip: Callable[[str], bool], *, convolutions: bool, probe: bool) -> list[Site]:
         groups: dict[Any, list[str]] = {}
         order = list(self.received)
         found = []
@@ -242,7 +243,7 @@ class _Trace:
             site.split = any(n in partial for n in linears)
             if site.split:
                 site.whole = next((n for n in names if n not in partial and n in (consumers | readers)), None)
-            if self.deterministic:
+            if self.deterministic and probe:
                 self._find_producer(site, names, order)
                 site.partners = self._partners(site, groups)
             found.append(site)

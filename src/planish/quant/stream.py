@@ -281,6 +281,9 @@ class Stream:
         return answer
 
 
+_NEARLY_ALL = 0.95
+
+
 class _EnoughError(Exception):
     """Raised by the last recorder of a stack: what follows it is of no interest now."""
 
@@ -292,6 +295,9 @@ class _NotAChainError(Exception):
 def find_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
     """Return names and modules of the heaviest list of equal blocks, or the model itself.
 
+    A denoiser whose weights are spread over several lists (a U-Net's levels, two kinds of blocks) is one block: all of
+    it is to be quantized, not its largest part.
+
     Example:
         >>> import torch
         >>> find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))[0]
@@ -300,8 +306,16 @@ def find_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
     lists = _lists(model)
     if not lists:
         return [""], [model]
-    _, name, blocks = max(lists, key=lambda item: item[0])
+    most, name, blocks = max(lists, key=lambda item: item[0])
+    outer = [size for size, n, _ in lists if not any(n.startswith(f"{other}.") for _, other, _ in lists)]
+    if _is_denoiser(model) and most < _NEARLY_ALL * sum(outer):
+        return [""], [model]
     return [f"{name}.{i}" for i in range(len(blocks))], list(blocks)
+
+
+def _is_denoiser(model: nn.Module) -> bool:
+    """Whether a model is one of diffusers', or made of one."""
+    return any(base.__module__.partition(".")[0] == "diffusers" for base in type(model).__mro__)
 
 
 def find_stacks(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
