@@ -23,6 +23,7 @@ NAMES = (
     "sqrtm",
     "hardness",
     "choquard",
+    "interpolation",
     "noise",
     "activations",
     "private",

@@ -54,8 +54,8 @@ def _plain(value: object) -> object:
 def save_smooth_lora(model: nn.Module, path: str | Path, *, adapter: str = ADAPTER) -> Path:
     """Write a model's adapter where stock diffusers finds it, with `pipe.load_lora_weights(path)`.
 
-    Models that load adapters themselves take `model.load_lora_adapter(path, prefix=...)`, with prefix "unet" for UNets
-    and "transformer" for the rest; any model takes `load_smooth_lora`.
+    Models that load adapters themselves take `model.load_lora_adapter(path, prefix=..., use_safetensors=True)`, with
+    prefix "unet" for UNets and "transformer" for the rest; any model takes `load_smooth_lora`.
 
     Args:
         model: With the adapter.

@@ -27,7 +27,7 @@ from planish.diffusion.prediction import (
 from planish.diffusion.smooth_diffusion import StepwiseVariationRegularizer, VariationStats
 
 _WHERE = "train_smooth_lora"
-STATE = "training.safetensors"
+STATE = "training/state.safetensors"  # apart: diffusers guesses among all files of the folder itself
 Batches = Iterable[tuple[Tensor, Mapping[str, object]]]
 
 

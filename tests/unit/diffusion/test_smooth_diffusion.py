@@ -129,7 +129,7 @@ def test_a_stopped_training_ends_with_the_same_bits(tmp_path):
     with pytest.raises(StoppedError):
         reg = StepwiseVariationRegularizer(scope="per_timestep")
         train(Net(), tmp_path / "b", progress=stop, regularizer=reg, **settings)
-    assert not list((tmp_path / "b").glob("*.partial"))
+    assert not list((tmp_path / "b").rglob("*.partial"))
     again = Net()
     run = train(again, tmp_path / "b", regularizer=StepwiseVariationRegularizer(scope="per_timestep"), **settings)
     assert run.steps == 7 and len(run.losses) == 3  # two of these were done before, and lost
@@ -149,7 +149,7 @@ def test_state_of_another_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`steps` must be at least 2, the steps already done; got 1"):
         train(Net(), tmp_path, steps=1)
     assert train(Net(), tmp_path, steps=1, lr=1e-3, resume=False).steps == 1
-    (tmp_path / "training.safetensors").write_bytes(b"no")
+    (tmp_path / "training" / "state.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         train(Net(), tmp_path, steps=3)
 
