@@ -83,12 +83,18 @@ def rows(quick: bool, *, fresh: bool = False, **_: object) -> Iterator[Row]:
     """
     note = (
         f"Every fifth level of Stable Diffusion's schedule; DDIM, {small.STEPS} steps, guidance {small.GUIDANCE:g}; "
-        "images in [0, 1]; LoRA of rank 8 on every linear layer; means of three seeds; Frechet distance of pixels; error "
-        "of inversion and return without guidance, images in [-1, 1]."
+        "images in [0, 1]; LoRA of rank 8 on every linear layer; means of three seeds; Frechet distance of pixels; "
+        "error of inversion and return without guidance, images in [-1, 1]."
     )
     yield from _table("digits, residual network, 150 pairs", _residual(quick, fresh), note, intervals=not quick)
-    if not quick:
-        draw_picture(PICTURE)
+    if quick:
+        return
+    from benchmarks import interpolation_stock as stock  # noqa: PLC0415  (needs diffusers)
+
+    note = "The last two: LoRA on attentions as published, squared cosine, one seed; Frechet distance of a judge's features."
+    for name, case in stock.NAMES.items():
+        yield from _table(f"{case}, 60 pairs", stock.found(name, fresh=fresh), note)
+    draw_picture(PICTURE)
 
 
 def strips(net: nn.Module, classes: Sequence[int], seed: int, frames: int = 11) -> Tensor:

@@ -102,7 +102,7 @@ class Batches:
 def pretrain(seed: int, steps: int) -> Net:
     """Train the model itself."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)
         net = Net()
     adam = torch.optim.AdamW(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, total_steps=steps)

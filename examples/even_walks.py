@@ -76,7 +76,8 @@ walks["after"] = walk()
 
 figure, axes = plt.subplots(2, 1, figsize=(6, 5.2), layout="constrained")
 for axis, (name, frames) in zip(axes, walks.items(), strict=True):
-    axis.imshow(frames.reshape(11, 4, 8, 8).permute(1, 2, 0, 3).reshape(32, 88), cmap="gray_r")
+    tiles = nn.functional.pad(frames.reshape(11, 4, 8, 8), (1, 1, 1, 1), value=-1.0)
+    axis.imshow(tiles.permute(1, 2, 0, 3).reshape(40, 110), cmap="gray_r", vmin=-1, vmax=1)
     axis.set_axis_off()
     axis.set_title(f"{name}: four walks between noises")
 figure.savefig("walks.png")

@@ -40,7 +40,7 @@ def test_steps_are_more_equal(found, record_claim):
 @pytest.mark.slow
 @pytest.mark.claim("smooth_diffusion", "digits: std / mean step, free of scale, likewise")
 def test_not_only_because_they_are_shorter(found, record_claim):
-    record_claim(ratio(found, "std / mean step"), 0.97, at_least=False)
+    record_claim(ratio(found, "std / mean step"), 0.93, at_least=False)
 
 
 @pytest.mark.claim("smooth_diffusion", "orthogonal J: relative spread of n over noises and directions")
