@@ -38,6 +38,7 @@ SUITES = {
     ("quant", "bytes"): "branches",
     ("quant", "outliers"): "outliers",
     ("activations", "time"): "activation_times",
+    ("interpolation", "stock"): "interpolation_stock",
 }
 """Other cases of a benchmark, each in a file and with results of its own."""
 

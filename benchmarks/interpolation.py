@@ -40,7 +40,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float | None, float | Non
     return mean, mean - half, mean + half
 
 
-def _table(case: str, found: dict[str, list[dict[str, float]]], note: str, *, intervals: bool = False) -> Iterator[Row]:
+def table(case: str, found: dict[str, list[dict[str, float]]], note: str, *, intervals: bool = False) -> Iterator[Row]:
     for subject, runs in found.items():
         for metric in runs[0]:
             value = math.fsum(run[metric] for run in runs) / len(runs)
@@ -86,15 +86,9 @@ def rows(quick: bool, *, fresh: bool = False, **_: object) -> Iterator[Row]:
         "images in [0, 1]; LoRA of rank 8 on every linear layer; means of three seeds; Frechet distance of pixels; "
         "error of inversion and return without guidance, images in [-1, 1]."
     )
-    yield from _table("digits, residual network, 150 pairs", _residual(quick, fresh), note, intervals=not quick)
-    if quick:
-        return
-    from benchmarks import interpolation_stock as stock  # noqa: PLC0415  (needs diffusers)
-
-    note = "The last two: LoRA on attentions as published, squared cosine, one seed; Frechet distance of a judge's features."
-    for name, case in stock.NAMES.items():
-        yield from _table(f"{case}, 60 pairs", stock.found(name, fresh=fresh), note)
-    draw_picture(PICTURE)
+    yield from table("digits, residual network, 150 pairs", _residual(quick, fresh), note, intervals=not quick)
+    if not quick:
+        draw_picture(PICTURE)
 
 
 def strips(net: nn.Module, classes: Sequence[int], seed: int, frames: int = 11) -> Tensor:

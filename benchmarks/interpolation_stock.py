@@ -1,20 +1,21 @@
 """Smooth adapters of the published kind, on attention alone, for diffusers' own transformer and U-Net of digits."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import digits
+from benchmarks.harness import Row
+from benchmarks.interpolation import table
 from benchmarks.interpolation_digits import Batches, kept
 from planish.diffusion import (
     ISTDResult,
     StepwiseVariationRegularizer,
     ddim_sample,
     istd,
-    load_smooth_lora,
     train_smooth_lora,
 )
 from planish.diffusion.denoisers import digits_scheduler, null_class
@@ -78,19 +79,24 @@ def folder_of(name: str, subject: str, steps: int) -> str:
     return f"interpolation-{name}-{steps}-{subject.replace(' ', '_')}"
 
 
-def found(name: str, *, steps: int = 150, fresh: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measure every subject on one model."""
-    told = {}
-    for subject, weight in SUBJECTS.items():
-        model = digits.fresh(name)
-        train = partial(adapted, weight=weight, steps=steps)
-        tell = partial(measure, pairs=60, images=300)
-        told[subject] = [kept(folder_of(name, subject, steps), model, train, tell, fresh=fresh)]
-    return told
+def rows(quick: bool, *, fresh: bool = False, **_: object) -> Iterator[Row]:
+    """Yield what each adapter gives, on the transformer and on the U-Net.
 
-
-def loaded(name: str, subject: str, cache: Path, *, steps: int = 150) -> nn.Module:
-    """Return a model with an adapter of the cache on it."""
-    model = digits.fresh(name)
-    load_smooth_lora(model, cache / folder_of(name, subject, steps))
-    return model
+    Args:
+        quick: Few steps, pairs and images: tells nothing but that it runs.
+        fresh: Measure again what the cache holds.
+        **_: What other benchmarks are asked beside this.
+    """
+    steps, pairs, images = (2, 3, 20) if quick else (150, 60, 300)
+    note = (
+        f"LoRA of rank 8 on attentions, as published, {steps} steps; squared cosine, velocity predicted; DDIM, "
+        f"{STEPS} steps, guidance {GUIDANCE:g}; images in [0, 1]; one seed; Frechet distance of a judge's features."
+    )
+    for name, case in NAMES.items():
+        found = {}
+        for subject, weight in SUBJECTS.items():
+            train = partial(adapted, weight=weight, steps=steps)
+            tell = partial(measure, pairs=pairs, images=images)
+            folder = f"interpolation-{name}-{steps}-{subject.replace(' ', '_')}"
+            found[subject] = [kept(folder, digits.fresh(name), train, tell, fresh=fresh)]
+        yield from table(f"{case}, {pairs} pairs", found, note)
