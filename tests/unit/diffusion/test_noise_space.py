@@ -163,3 +163,23 @@ def test_outputs_of_every_form_are_understood():
     z = torch.randn(2, 3, 4)
     for made in (z, (z, "more"), SimpleNamespace(sample=z), torch.cat([z, z], 1)):
         assert torch.equal(ask(lambda x, t, made=made: made, z, 3), z)
+
+
+class Pipe:
+    """What a pipeline shows of itself, and what it was asked."""
+
+    scheduler, components = None, None
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, prompt=None, latents=None, output_type="pil", guidance_scale=1.0):
+        self.asked.append((prompt, len(latents), output_type, guidance_scale))
+        return SimpleNamespace(images=latents[:, :3].numpy())
+
+
+def test_pipelines_are_asked_for_tensors_by_prompt():
+    pipe, (a, b) = Pipe(), torch.randn(2, 1, 4, 2, 2)
+    frames = interpolate(pipe, a, b, "a cat", num_frames=5, batch_size=3, guidance_scale=7.5)
+    assert pipe.asked == [(["a cat"] * 3, 3, "pt", 7.5), (["a cat"] * 2, 2, "pt", 7.5)]
+    assert torch.equal(frames[0, 0], a[0, :3]) and frames.shape == (5, 1, 3, 2, 2)
