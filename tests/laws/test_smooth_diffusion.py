@@ -158,8 +158,10 @@ def test_scaling_the_prediction_scales_the_variation():
 def test_the_running_mean_follows_its_recursion_and_survives_saving(scope):
     J = Linear(6)
     reg = StepwiseVariationRegularizer(decay=0.25, scope=scope, buckets=4).double()
-    levels = torch.tensor([0.02, 0.3, 0.95], dtype=F64)  # noise levels of three of the four buckets
-    bucket = [int(4 * lv) for lv in levels]
+    levels = torch.tensor([0.02, 0.3, 0.9], dtype=F64)  # noise levels of three of the four buckets
+    ratios = [float(lv / (1 - lv**2).sqrt()) for lv in levels]
+    bucket = [max(0, int(4 * math.log(r / 0.05) / math.log(400))) for r in ratios]
+    assert bucket == [0, 1, 2]
     kept = [None] * 4
     for step in range(5):
         noise = torch.randn(3, 6, dtype=F64, generator=draws(step)).requires_grad_()

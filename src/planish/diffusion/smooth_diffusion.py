@@ -45,6 +45,8 @@ from torch import Tensor, nn
 from planish._support import bad
 
 _WHERE = "StepwiseVariationRegularizer"
+_LEAST, _MOST = 0.05, 20.0
+"""Where buckets of sqrt((1 - abar) / abar) begin and end."""
 _FUSED = ("FlashAttention", "EfficientAttention", "CudnnAttention", "FusedAttention", "fMHA")
 
 
@@ -88,7 +90,7 @@ class StepwiseVariationRegularizer(nn.Module):
     Args:
         weight: lambda, >= 0; default 1, the paper's. Quality falls from 10 on.
         decay: Share of the newest batch in the running mean, in (0, 1]; default 0.01, the official code's.
-        scope: "global" for one mean; "per_timestep" for one a bucket of the noise level sqrt(1 - abar).
+        scope: "global" for one mean; "per_timestep" for one a bucket of log sqrt((1 - abar) / abar).
         buckets: Number of buckets of "per_timestep"; default 10.
         max_ratio: Bound on sqrt((1 - abar) / abar), > 0; samples beyond count as if they were there; None for none.
         every: Regularize every k-th step, with k times the weight; default 1. The caller asks `due(step)`.
@@ -251,7 +253,9 @@ class StepwiseVariationRegularizer(nn.Module):
         n = (wide.square().sum(1) + 1e-12).sqrt()  # eq. (9); a root of 0 has no derivative
         valid = (alphas > 0).to(n)  # without any signal, J says nothing
         count = len(self.mean_variation)
-        bucket = ((1 - alphas).sqrt() * count).long().clamp_max(count - 1)
+        ratio = ((1 - alphas) / alphas).to(n).sqrt().clamp(_LEAST, _MOST)
+        place = (ratio / _LEAST).log() / math.log(_MOST / _LEAST)  # even in log(s / a): times of like variation meet
+        bucket = (place * count).long().clamp_max(count - 1)
         sums = n.new_zeros(count).index_add(0, bucket, n * valid)
         counts = n.new_zeros(count).index_add(0, bucket, valid)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
