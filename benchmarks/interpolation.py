@@ -114,7 +114,7 @@ def draw_picture(path: Path) -> None:
         net = small.base(0, 1500)
         load_smooth_lora(net, cache_dir() / f"interpolation-1500-400-0-{subject.replace(' ', '_')}")
         images = strips(net, classes, seed=3)
-        tiles = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0).permute(1, 2, 0, 3)
+        tiles = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.0).permute(1, 2, 0, 3)
         axis.imshow(tiles.reshape(len(classes) * 10, -1), cmap="gray_r", vmin=0, vmax=1)
         axis.set_axis_off()
         axis.set_title(subject)

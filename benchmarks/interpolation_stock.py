@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from planish.diffusion.denoisers import digits_scheduler, null_class
 from torch import Tensor, nn
 
 from benchmarks import digits
@@ -18,7 +19,6 @@ from planish.diffusion import (
     istd,
     train_smooth_lora,
 )
-from planish.diffusion.denoisers import digits_scheduler, null_class
 
 STEPS, GUIDANCE = 20, 2.0
 NAMES = {"dit": "digits, DiTTransformer2DModel", "unet": "digits, UNet2DModel"}

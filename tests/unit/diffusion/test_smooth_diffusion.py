@@ -162,7 +162,7 @@ def test_the_regularizer_evens_the_variation_out():
     spread = {}
     for weight in (0.0, 3.0):
         net = Net()
-        train(net, steps=80, regularizer=StepwiseVariationRegularizer(weight), config=config(4), lr=2e-2)
+        train(net, steps=150, regularizer=StepwiseVariationRegularizer(weight), config=config(4), lr=2e-2)
         reg, noise = StepwiseVariationRegularizer(), torch.randn(512, 8).requires_grad_()
         t = torch.randint(20, (512,), generator=torch.Generator().manual_seed(1))
         abar = Schedule().alphas_cumprod[t]
