@@ -26,6 +26,7 @@ NAMES = (
     "choquard",
     "smoothing",
     "flows",
+    "interpolation",
     "noise",
     "activations",
     "private",
@@ -42,6 +43,7 @@ SUITES = {
     ("activations", "time"): "activation_times",
     ("smoothing", "learning"): "smoothing_learning",
     ("smoothing", "time"): "smoothing_times",
+    ("interpolation", "stock"): "interpolation_stock",
 }
 """Other cases of a benchmark, each in a file and with results of its own."""
 

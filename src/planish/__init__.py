@@ -13,7 +13,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.optim      minimize what is steep, or has a Hessian
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
-    planish.diffusion  make diffusion models fast
+    planish.diffusion  diffusion models, fast and smooth
     planish.statespace smooth a time series
     planish.flows      densities with forces
 
