@@ -26,6 +26,7 @@ NAMES = (
     "noise",
     "activations",
     "private",
+    "text",
     "serve",
     "load",
     "kernels",

@@ -94,9 +94,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One block: attention to the positions, attention to a source if there is one, two linear layers."""
 
-    def __init__(self, config: TextDiffusionConfig, *, cross: bool) -> None:
+    def __init__(self, config: TextDiffusionConfig, *, cross: bool = False, timed: bool = False) -> None:
         super().__init__()
         size = config.hidden_size
+        self.time_proj = nn.Linear(size, size) if timed else None
         self.norm, self.attention = nn.LayerNorm(size), Attention(size, config.num_heads)
         self.cross_norm = nn.LayerNorm(size) if cross else None
         self.cross_attention = Attention(size, config.num_heads) if cross else None
@@ -110,20 +111,24 @@ class Block(nn.Module):
         memory_mask: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
+        time: Tensor | None = None,
     ) -> Tensor:
         """Return the next hidden states."""
+        if self.time_proj is not None and time is not None:
+            x = x + self.time_proj(time)
         seen = self.norm(x)
         x = x + self.dropout(self.attention(seen, seen, mask, causal))
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, memory_mask))
-        return x + self.dropout(self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)))))
+        changed: Tensor = self.dropout(self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)))))
+        return x + changed
 
 
 class TextDiffusionModel(nn.Module):
     """Predict the embeddings of a text's tokens from a noisy view of them.
 
-    Blocks of the first half are added to the input of those of the second, as in a U-Net; a linear map of the time is
-    added before every block. A learnt position stands before every source, so that it may be empty.
+    Inputs of the first half's blocks are added to those of the second, as in a U-Net, and a linear map of the time to
+    all. A learnt position stands before every source, so that it may be empty.
 
     Args:
         config: Sizes.
@@ -148,10 +153,9 @@ class TextDiffusionModel(nn.Module):
         else:
             self.source_embedding = nn.Linear(config.embedding_dim, size)
         self.time = nn.Sequential(nn.Linear(size, 2 * size), nn.SiLU(), nn.Linear(2 * size, size))
-        self.encoder = nn.ModuleList([Block(config, cross=False) for _ in range(config.num_encoder_layers)])
+        self.encoder = nn.ModuleList([Block(config) for _ in range(config.num_encoder_layers)])
         self.encoder_norm = nn.LayerNorm(size)
-        self.blocks = nn.ModuleList([Block(config, cross=True) for _ in range(config.num_layers)])
-        self.times = nn.ModuleList([nn.Linear(size, size) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([Block(config, cross=True, timed=True) for _ in range(config.num_layers)])
         self.norm, self.output_proj = nn.LayerNorm(size), nn.Linear(size, config.embedding_dim)
 
     def encode(
@@ -239,11 +243,11 @@ class TextDiffusionModel(nn.Module):
         t = F.silu(self.time(_sinusoids(times, self.config.hidden_size).to(dtype)))[:, None]
         seen = None if mask is None else mask.bool()[:, None, None]
         inputs: list[Tensor] = []
-        for i, (block, add) in enumerate(zip(self.blocks, self.times, strict=True)):
-            skip = len(self.blocks) - 1 - i
-            x = x + add(t) + (inputs[skip] if skip < i else 0.0)
+        for i, block in enumerate(self.blocks):
+            mirror = len(self.blocks) - 1 - i
+            x = x + inputs[mirror] if mirror < i else x
             inputs.append(x)
-            x = block(x, memory, seen)
+            x = block(x, memory, seen, time=t)
         return self.output_proj(self.norm(x))  # type: ignore[no-any-return]
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -93,8 +93,7 @@ class TextDiffusionPipeline:
                 raise bad(where, name, "one with a pad", "pad_token_id = None")
         if isinstance(tokenizer, Sized):
             size = len(tokenizer)
-            nobodys = torch.arange(size, space.vocab_size)[~space.ignored[size:].cpu()]
-            if size > space.vocab_size or len(nobodys):
+            if size > space.vocab_size or not space.ignored[size:].all():
                 wanted = f"of the tokenizer's {size} tokens, the rest in `ignore_ids`"
                 raise bad(where, "space", wanted, f"{space.vocab_size} tokens")
         if space.dim != model.config.embedding_dim:

@@ -20,6 +20,7 @@ from planish.diffusion.text_model import TextDiffusionModel
 from planish.diffusion.text_schedulers import TextScheduler
 
 _LEAST_TIME = 1e-5
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ class _Run:
 
     def save(self, path: Path, generator: torch.Generator, settings: str) -> None:
         tensors = {"generator": generator.get_state(), "losses": self.losses}
-        for (name, p), moments in zip(self.parameters.items(), self.optimizer.state.values(), strict=True):
+        for name, p in self.parameters.items():
             tensors |= {f"weight.{name}": p.detach(), f"average.{name}": self.average[name]}
-            tensors |= {f"{key}.{name}": value for key, value in moments.items()}
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
         with written(path) as partial:
             save_file(tensors, partial, {"step": str(self.step), "settings": settings})
 
     def load(self, path: Path, generator: torch.Generator, settings: str) -> None:
         try:
             with safe_open(path, "pt") as file:
-                kept = file.metadata() or {}
+                kept, there = file.metadata() or {}, set(file.keys())
                 if kept.get("settings") != settings:
                     told = f"of other settings: {kept.get('settings')}; this run's are {settings}"
                     raise CheckpointError(f"train_text_diffusion: {path} is {told}", "unsupported")
@@ -90,8 +91,10 @@ class _Run:
                 for name, p in self.parameters.items():
                     p.data.copy_(file.get_tensor(f"weight.{name}"))
                     self.average[name].copy_(file.get_tensor(f"average.{name}"))
-                    moments = ("step", "exp_avg", "exp_avg_sq")
-                    self.optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device) for key in moments}
+                    if f"step.{name}" in there:  # what no loss has reached yet has no moments
+                        self.optimizer.state[p] = {
+                            key: file.get_tensor(f"{key}.{name}").to(p.device) for key in _MOMENTS
+                        }
         except SafetensorError as error:
             raise CheckpointError(f"train_text_diffusion: {path} cannot be read: {error}", "unreadable") from None
 
@@ -185,7 +188,9 @@ def train_text_diffusion(
             weights[ids == pad_id] = float(pad_weight)
         loss = _loss(model, scheduler, ids, source, weights, generator)
         if not torch.isfinite(loss):
-            raise bad(where, "loss", f"finite; take a smaller `lr` than {lr:g}", f"{float(loss)} at step {step}")
+            raise bad(
+                where, "loss", f"finite; take a smaller `lr` than {lr:g}", f"{float(loss.detach())} at step {step}"
+            )
         rate = min(1.0, (step + 1) / max(warmup * steps, 1))
         if decay == "cosine":
             rate *= 0.5 + 0.5 * math.cos(math.pi * max(0.0, step - warmup * steps) / max(steps - warmup * steps, 1))
@@ -217,7 +222,8 @@ def _loss(
     if model.config.self_conditioning and float(torch.rand((), generator=generator)) < 0.5:
         with torch.no_grad():
             previous = model(seen, t, **source)
-    error = (model(seen, t, **source, self_cond=previous) - scheduler.space.encode(ids)).square().mean(-1)
+    predicted: Tensor = model(seen, t, **source, self_cond=previous)
+    error = (predicted - scheduler.space.encode(ids)).square().mean(-1)
     return (weights * error).sum() / weights.sum().clamp_min(1e-12)
 
 
