@@ -180,15 +180,15 @@ class EmbeddingSpace(nn.Module):
             best = torch.maximum(top, best)
         return found
 
-    def typical_distance(self) -> float:
-        """Return the median squared distance of two different tokens in use, over at most 256 rows against all."""
+    def neighbour_distances(self) -> Float[Tensor, "probes others"]:
+        """Return squared distances from at most 256 tokens in use to all others in use."""
         rows = self.weight[~self.ignored]
         probes = torch.linspace(0, len(rows) - 1, min(_PROBES, len(rows)), device=rows.device).long()
         squares = rows.square().sum(1)
         gaps = (squares[probes, None] + squares - 2 * rows[probes] @ rows.mT).clamp_min(0)
         others = torch.ones_like(gaps, dtype=torch.bool)
         others[torch.arange(len(probes), device=rows.device), probes] = False
-        return float(gaps[others].median())
+        return gaps[others].view(len(probes), -1)
 
 
 def _check_ids(where: str, ids: Tensor, vocab_size: int) -> None:

@@ -48,8 +48,8 @@ class SmoothieScheduler(TextScheduler):
     """Widen a Gaussian kernel around each token over the embeddings of all tokens.
 
     Args:
-        sigma_min: Width of the kernel at the start, > 0; "auto" solves for the width at which a token and the rest of
-            its vocabulary weigh the same at the time `transition`. Default "auto".
+        sigma_min: Width of the kernel at the start, > 0; "auto" solves for the width at which the typical token
+            weighs as much as all others together at the time `transition`. Default "auto".
         sigma_max_ratio: Width at the end over that at the start, > 1. Default 200 / 1.5.
         d: How late the kernel widens, > 0. Default 9.
         delta: Noise on the distances, >= 0; 0 is a blur without chance. Default 1.
@@ -103,23 +103,27 @@ class SmoothieScheduler(TextScheduler):
     def set_space(self, space: EmbeddingSpace) -> "SmoothieScheduler":
         """Work in these embeddings, and solve for `sigma_min` if it is "auto"; return itself.
 
-        With noise nu, the V - 1 other tokens weigh (V - 1) exp(nu^2 / 2) together, so a token at the typical squared
-        distance g from them weighs as much as they do where mu g / (2 sigma_min^2) = log(V - 1) + nu^2 / 2.
+        A token i weighs as much as all others together where sum_j exp(mu D_0[i, j] + nu^2 / 2) = 1 over j other than
+        i, noise averaged. Half of the tokens do so at a time later than `transition`, half earlier.
 
         Args:
             space: The embeddings.
 
         Raises:
-            ValueError: Half of all pairs of embeddings are the same.
+            ValueError: Half of the tokens have the same embedding as another.
         """
         super().set_space(space)
         if self.config.sigma_min == "auto":
-            gap = space.typical_distance()
-            if not gap > 0:
+            gaps = space.neighbour_distances().double()
+            if not float(gaps.amin(1).median()) > 0:
                 raise bad("SmoothieScheduler", "space", "such that most embeddings differ", "equal embeddings")
             mu, nu = (float(x) for x in self.level(self.config.transition))
-            others = int((~space.ignored).sum()) - 1
-            self.sigma_min = math.sqrt(mu * gap / (2 * (math.log(others) + nu**2 / 2 or 1.0)))
+            low, high = 1e-4 * float(gaps.amin(1).median()) ** 0.5, 1e4 * float(gaps.max()) ** 0.5
+            for _ in range(50):  # halves the logarithm's interval
+                middle = math.sqrt(low * high)
+                others = float((-gaps * (mu / (2 * middle**2))).logsumexp(1).median()) + nu**2 / 2
+                low, high = (middle, high) if others < 0 else (low, middle)
+            self.sigma_min = math.sqrt(low * high)
         return self
 
     def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
