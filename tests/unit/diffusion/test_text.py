@@ -305,7 +305,8 @@ def test_the_same_generator_writes_the_same(copier):
 def test_every_solver_writes(copier, solver):
     pipeline = TextDiffusionPipeline(LETTERS, copier.space, copier.model, SmoothieScheduler(solver=solver))
     texts = pipeline(["hag", "bad"], num_inference_steps=8, generator=seeded()).texts
-    assert sum(a == b for word, text in zip(["hag", "bad"], texts, strict=True) for a, b in zip(word, text)) >= 4
+    right = [a == b for word, text in zip(["hag", "bad"], texts, strict=True) for a, b in zip(word, text, strict=False)]
+    assert sum(right) >= 4
 
 
 def test_stopping_when_nothing_changes(copier):
