@@ -18,7 +18,7 @@ from benchmarks.harness import REUSE_MEMORY, ROOT, Row
 from planish._support import release_memory
 from planish.diffusion import EmbeddingSpace, SmoothieScheduler
 
-BATCH, LENGTH, DIM = 16, 64, 64
+BATCH, LENGTH, DIM = 8, 32, 64
 SIZES = (1024, 4096, 16384, 65536, 262144)
 DENSE = (1024, 4096, 16384, 65536)
 _STATUS = Path("/proc/self/status")

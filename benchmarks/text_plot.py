@@ -50,7 +50,10 @@ def main() -> None:
     error.set_xticks(text.STEPS, [str(s) for s in text.STEPS], minor=False)
     error.minorticks_off()
     error.set_ylim(bottom=0)
-    error.legend(frameon=False, fontsize=8)
+    if found["rows"]:
+        error.legend(frameon=False, fontsize=8)
+    else:
+        error.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=error.transAxes, color="#999999")
     for axis in (weight, error):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(TARGET, metadata={"Date": None})

@@ -13,7 +13,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.optim      minimize what is steep, or has a Hessian
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
-    planish.diffusion  generate, step by step
+    planish.diffusion  make diffusion models fast
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
@@ -26,19 +26,9 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = (
-    "complexity",
-    "diffusion",
-    "kernels",
-    "linalg",
-    "metrics",
-    "nn",
-    "optim",
-    "pde",
-    "plugins",
-    "quant",
-    "regression",
+    "complexity", "diffusion", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant", "regression",
     "tune",
-)
+)  # fmt: skip
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
