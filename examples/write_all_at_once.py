@@ -40,8 +40,8 @@ sizes = TextDiffusionConfig(
 )  # fmt: skip
 model = TextDiffusionModel(sizes)
 report = train_text_diffusion(
-    model, scheduler, targets, sources, steps=400, batch_size=64, lr=4e-3, warmup=0.05, decay="cosine", ema=0.99,
-    progress=lambda _, done, total: print(f"trained {done} of {total}") if done % 100 == 0 else None,
+    model, scheduler, targets, sources, steps=600, batch_size=64, lr=4e-3, warmup=0.05, decay="cosine", ema=0.99,
+    progress=lambda _, done, total: print(f"trained {done} of {total}") if done % 200 == 0 else None,
 )  # fmt: skip
 print(f"loss {report.loss:.3f}")
 
