@@ -93,6 +93,7 @@ def phones():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.claim(
     "smoothie_text", "phones from letters, 500 iterations, 10 steps: error less that of the best sibling"
 )
@@ -102,6 +103,7 @@ def test_it_errs_no_more_than_its_siblings(phones, record_claim):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.claim("smoothie_text", "phones from letters, 500 iterations, 10 steps: error")
 def test_it_learns(phones, record_claim):
-    record_claim(phones[SmoothieScheduler], 60.0, "%", at_least=False)
+    record_claim(phones[SmoothieScheduler], 70.0, "%", at_least=False)
