@@ -30,6 +30,7 @@ NAMES = (
     "noise",
     "activations",
     "private",
+    "text",
     "serve",
     "load",
     "kernels",

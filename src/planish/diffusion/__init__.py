@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         sample,
         train_denoiser,
     )
+    from planish.diffusion.embeddings import EmbeddingSpace
     from planish.diffusion.inversion import ddim_invert, ddim_sample
     from planish.diffusion.lora_files import add_lora, load_smooth_lora, save_smooth_lora, smooth_lora_config
     from planish.diffusion.noise_space import ISTDResult, interpolate, istd, slerp
@@ -35,10 +36,19 @@ if TYPE_CHECKING:
     from planish.diffusion.prediction import NoiseScheduler, predict_x0
     from planish.diffusion.smooth_diffusion import StepwiseVariationRegularizer, VariationStats
     from planish.diffusion.smooth_lora import SmoothLoraRun, train_smooth_lora
+    from planish.diffusion.smoothie import SmoothieScheduler
+    from planish.diffusion.symbols import SymbolTokenizer
+    from planish.diffusion.text_model import TextDiffusionConfig, TextDiffusionModel
+    from planish.diffusion.text_pipeline import TextDiffusionPipeline
+    from planish.diffusion.text_schedulers import EmbeddingGaussianScheduler, SimplexScheduler
+    from planish.diffusion.text_training import TextTrainingReport, train_text_diffusion
     from planish.diffusion.timesteps import StepStatistics, watch_steps
+    from planish.diffusion.token_state import TokenState
 
 _FILES = {
     "Calls": "calls",
+    "EmbeddingGaussianScheduler": "text_schedulers",
+    "EmbeddingSpace": "embeddings",
     "ISTDResult": "noise_space",
     "NoiseScheduler": "prediction",
     "NullTextInversion": "null_text",
@@ -46,9 +56,17 @@ _FILES = {
     "PARTS": "calls",
     "Pixels": "pixels",
     "SKIP": "calls",
+    "SimplexScheduler": "text_schedulers",
     "SmoothLoraRun": "smooth_lora",
+    "SmoothieScheduler": "smoothie",
     "StepStatistics": "timesteps",
     "StepwiseVariationRegularizer": "smooth_diffusion",
+    "SymbolTokenizer": "symbols",
+    "TextDiffusionConfig": "text_model",
+    "TextDiffusionModel": "text_model",
+    "TextDiffusionPipeline": "text_pipeline",
+    "TextTrainingReport": "text_training",
+    "TokenState": "token_state",
     "VariationStats": "smooth_diffusion",
     "add_lora": "lora_files",
     "capture": "calls",
@@ -71,6 +89,7 @@ _FILES = {
     "smooth_lora_config": "lora_files",
     "train_denoiser": "denoisers",
     "train_smooth_lora": "smooth_lora",
+    "train_text_diffusion": "text_training",
     "watch_steps": "timesteps",
 }
 
@@ -78,14 +97,24 @@ __all__ = [
     "PARTS",
     "SKIP",
     "Calls",
+    "EmbeddingGaussianScheduler",
+    "EmbeddingSpace",
     "ISTDResult",
     "NoiseScheduler",
     "NullTextInversion",
     "NullTextInverter",
     "Pixels",
+    "SimplexScheduler",
     "SmoothLoraRun",
+    "SmoothieScheduler",
     "StepStatistics",
     "StepwiseVariationRegularizer",
+    "SymbolTokenizer",
+    "TextDiffusionConfig",
+    "TextDiffusionModel",
+    "TextDiffusionPipeline",
+    "TextTrainingReport",
+    "TokenState",
     "VariationStats",
     "add_lora",
     "capture",
@@ -108,6 +137,7 @@ __all__ = [
     "smooth_lora_config",
     "train_denoiser",
     "train_smooth_lora",
+    "train_text_diffusion",
     "watch_steps",
 ]
 
