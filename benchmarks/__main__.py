@@ -25,10 +25,13 @@ NAMES = (
     "hardness",
     "choquard",
     "smoothing",
+    "flows",
+    "interpolation",
     "noise",
     "segments",
     "activations",
     "private",
+    "text",
     "serve",
     "load",
     "kernels",
@@ -42,6 +45,7 @@ SUITES = {
     ("activations", "time"): "activation_times",
     ("smoothing", "learning"): "smoothing_learning",
     ("smoothing", "time"): "smoothing_times",
+    ("interpolation", "stock"): "interpolation_stock",
 }
 """Other cases of a benchmark, each in a file and with results of its own."""
 

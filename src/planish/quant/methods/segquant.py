@@ -241,9 +241,9 @@ def segquant(
     if isinstance(alpha, str) and alpha != "search":
         raise bad("segquant", "alpha", "'search' or a float in [0, 1]", alpha)
     whole = (granularity or ("tensor" if bits == 8 else "row")) == "tensor"
+    weight = Affine(bits, group_size, symmetric, ragged, scale_dtype, per_tensor=whole)
     if whole and group_size is not None:
         raise bad("segquant", "group_size", "None with one scale a tensor", group_size)
-    weight = Affine(bits, group_size, symmetric, ragged, scale_dtype, per_tensor=whole)
     act = None if act_bits is None else Affine(act_bits, None, True, scale_dtype="float32")
     strength = None if isinstance(alpha, str) else float(alpha)
     smooth = None if optimizer == "none" else SmoothAlpha(strength, static=whole)
