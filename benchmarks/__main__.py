@@ -25,9 +25,12 @@ NAMES = (
     "hardness",
     "choquard",
     "smoothing",
+    "flows",
+    "interpolation",
     "noise",
     "activations",
     "private",
+    "text",
     "serve",
     "load",
     "kernels",
@@ -41,6 +44,7 @@ SUITES = {
     ("activations", "time"): "activation_times",
     ("smoothing", "learning"): "smoothing_learning",
     ("smoothing", "time"): "smoothing_times",
+    ("interpolation", "stock"): "interpolation_stock",
 }
 """Other cases of a benchmark, each in a file and with results of its own."""
 

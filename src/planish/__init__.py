@@ -13,8 +13,9 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.optim      minimize what is steep, or has a Hessian
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
-    planish.diffusion  make diffusion models fast
+    planish.diffusion  diffusion models, fast and smooth
     planish.statespace smooth a time series
+    planish.flows      densities with forces
 
 The four verbs of the main job are here too: `quantize`, `evaluate`, `save`, `load`.
 """
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = (
-    *("complexity", "diffusion", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant"),
+    *("complexity", "diffusion", "flows", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant"),
     *("regression", "statespace", "tune"),
 )
 _VERBS = ("evaluate", "load", "quantize", "save")

@@ -16,8 +16,8 @@ ROOMS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
 
 # Packages behind an extra, by the name they are imported under: no room may load one just by being imported.
 OPTIONAL = {
-    *("accelerate", "compressed_tensors", "diffusers", "gguf", "matplotlib", "openmm", "opacus", "optuna", "ray"),
-    *("scipy", "sklearn", "tokenizers", "torch_geometric", "transformers", "vllm"),
+    *("accelerate", "compressed_tensors", "diffusers", "gguf", "matplotlib", "openmm", "opacus", "optuna", "peft"),
+    *("ray", "scipy", "sklearn", "tokenizers", "torch_geometric", "transformers", "vllm"),
 }
 
 
