@@ -30,6 +30,8 @@ NAMES = (
     "noise",
     "activations",
     "private",
+    "caching",
+    "schedules",
     "text",
     "serve",
     "load",
