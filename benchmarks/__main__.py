@@ -28,6 +28,7 @@ NAMES = (
     "flows",
     "interpolation",
     "noise",
+    "segments",
     "activations",
     "private",
     "caching",

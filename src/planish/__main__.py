@@ -164,7 +164,7 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline of diffusers. " + MODEL)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to be written; it must not exist yet.")],
     method: Annotated[
-        str, typer.Option(help="best, smoothquant+, awq, gptq, rtn, duquant, svdquant, evol-q, nipq.")
+        str, typer.Option(help="best, smoothquant+, awq, gptq, rtn, duquant, svdquant, segquant, evol-q, nipq.")
     ] = "best",
     bits: Annotated[int, typer.Option(help="Bits of a weight.")] = 4,
     act_bits: Annotated[int | None, typer.Option(help="Bits of an activation, a token at a time.")] = None,

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.quant.formats import FP4, Affine, Dual, QTensor, format_from_dict
+from planish.quant.act_formats import Dual, format_from_dict
+from planish.quant.formats import FP4, Affine, QTensor
 from planish.quant.packing import n_words, pack, unpack
 
 EXACT = [Affine(b, g, s, scale_dtype="float64") for b in (1, 2, 3, 4, 5, 8) for g in (8, None) for s in (False, True)]
@@ -17,7 +18,8 @@ STORED = [
 ]
 RAGGED = [Affine(4, 8, ragged=True), Affine(3, 16, symmetric=True, ragged=True, scale_dtype="float32")]
 AFFINE = EXACT + STORED + RAGGED
-FORMATS = [*AFFINE, FP4(16), FP4(8), Dual(8), Dual(2), Dual(4)]
+TIED = [Affine(8, None, True, scale_dtype="float32", per_tensor=True), Affine(4, 8, per_tensor=True)]
+FORMATS = [*AFFINE, *TIED, FP4(16), FP4(8), Dual(8), Dual(2), Dual(4), Dual(8, unsigned=True), Dual(3, unsigned=True)]
 ids = repr
 
 
@@ -78,8 +80,8 @@ def test_the_error_is_at_most_half_a_step_inside_the_range(form, x):
 def representable(form, q):
     """Lowest and highest value the codes of each element's group can stand for."""
     if isinstance(form, Dual):
-        half = 1 << (form.bits - 1)
-        return -half * q.scale[..., :1].double(), (half - 1) * q.scale[..., 1:].double()
+        below, above = form.last
+        return -below * q.scale[..., :1].double(), above * q.scale[..., 1:].double()
     _, scale = steps(form, q)
     if isinstance(form, FP4):
         return -6 * scale, 6 * scale
@@ -195,7 +197,8 @@ def test_codes_lie_in_the_row_s_bit_stream(bits, columns, seed):
 def test_leading_axes_are_rows(form):
     x = batch(1, 12, 48, "normal").float()
     q = form.encode(x.reshape(2, 3, 2, 48))
-    assert q.shape == (2, 3, 2, 48) and q.codes.dtype == torch.uint8
+    assert q.shape == (2, 3, 2, 48)
+    assert q.codes.dtype == (torch.int16 if getattr(form, "unsigned", False) else torch.uint8)  # nine bits
     assert torch.equal(q.codes.reshape(12, 48), form.encode(x).codes)
     assert torch.equal(form.decode(q).reshape(12, 48), form.decode(form.encode(x)))
 

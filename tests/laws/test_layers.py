@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from planish.quant.formats import FP4, Affine, Dual
+from planish.quant.act_formats import Dual
+from planish.quant.formats import FP4, Affine
 from planish.quant.layers import QLinear
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift
 

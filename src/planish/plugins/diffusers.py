@@ -24,7 +24,7 @@ import planish
 from planish._support import CheckpointError, bad, require
 from planish.diffusion.calls import SKIP, Calls, capture, denoiser_of
 from planish.quant import Affine, Journal, Method, QLinear, Report, fitting, rtn, schemes, svdquant
-from planish.quant.conv import in_place_of
+from planish.quant.parts import Quantized, in_place_of, quantized_layers
 from planish.quant.stream import call_model, first_tensor
 
 __all__ = ["PipelineReport", "PlanishConfig", "PlanishQuantizer", "attach", "quantize_pipeline", "whole"]
@@ -142,7 +142,7 @@ class PlanishQuantizer(_quantizers.base.DiffusersQuantizer):  # type: ignore[mis
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
         for name in self.quantization_config.layers:
-            layer = cast(QLinear, model.get_submodule(name))
+            layer = cast(Quantized, model.get_submodule(name))
             held = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
             schemes.fill(name, layer, {key: t for key, t in held.items() if t.device.type != "meta"})
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
@@ -170,13 +170,11 @@ class PlanishQuantizer(_quantizers.base.DiffusersQuantizer):  # type: ignore[mis
         return False
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, QLinear):
-                if layer.act is not None:
-                    raise ValueError(
-                        f"dequantize: `{name}` rounds its inputs to {layer.act}; no dense layer equals it."
-                    )
-                model.set_submodule(name, layer.dequantize())
+        for name, layer in quantized_layers(model).items():
+            for part in layer.modules():
+                if isinstance(part, QLinear) and part.act is not None:
+                    raise ValueError(f"dequantize: `{name}` rounds its inputs to {part.act}; no dense layer equals it.")
+            model.set_submodule(name, layer.dequantize())
         return model
 
 
@@ -206,7 +204,7 @@ def attach(model: nn.Module) -> None:
     """
     if not hasattr(model, "register_to_config"):
         raise TypeError(f"attach: `model` must be a model of diffusers; got {type(model).__name__}.")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    layers = quantized_layers(model)
     if not layers:
         raise bad("attach", "model", "one with quantized layers", type(model).__name__)
     ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

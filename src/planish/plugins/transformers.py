@@ -18,6 +18,7 @@ from planish.plugins.kv_cache import QuantizedCache
 from planish.quant import fitting, schemes
 from planish.quant.experts import Experts, fused_experts, unfuse
 from planish.quant.layers import QLinear
+from planish.quant.parts import quantized_layers
 
 __all__ = ["PlanishConfig", "PlanishQuantizer", "QuantizedCache"]
 
@@ -99,13 +100,11 @@ class PlanishQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc, name-defi
         return False
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, QLinear):
-                if layer.act is not None:
-                    raise ValueError(
-                        f"dequantize: `{name}` rounds its inputs to {layer.act}; no dense layer equals it."
-                    )
-                model.set_submodule(name, layer.dequantize().to(dtype))
+        for name, layer in quantized_layers(model).items():
+            for part in layer.modules():
+                if isinstance(part, QLinear) and part.act is not None:
+                    raise ValueError(f"dequantize: `{name}` rounds its inputs to {part.act}; no dense layer equals it.")
+            model.set_submodule(name, layer.dequantize().to(dtype))
         return model
 
 

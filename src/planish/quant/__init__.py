@@ -7,6 +7,7 @@ leaves plain round-to-nearest behind; `duquant()` and `svdquant()` round activat
 
 from collections.abc import Callable
 
+from planish.quant.act_formats import Dual, Static
 from planish.quant.candidates import search
 from planish.quant.checkpoint import inspect, load, round_kept, save
 from planish.quant.conv import QConv
@@ -14,7 +15,7 @@ from planish.quant.decoder import Decoder
 from planish.quant.disk import SafetensorsWeights, assemble, open_model
 from planish.quant.engine import Method, quantize
 from planish.quant.evaluation import Evaluation, compare, evaluate
-from planish.quant.formats import FP4, Affine, Dual, Format, QTensor
+from planish.quant.formats import FP4, Affine, Format, QTensor
 from planish.quant.journal import Journal
 from planish.quant.layers import QLinear
 from planish.quant.low_rank import LowRank
@@ -25,9 +26,13 @@ from planish.quant.methods.evol_q import Evolve, evol_q, evolve
 from planish.quant.methods.gptq import gptq
 from planish.quant.methods.nipq import nipq
 from planish.quant.methods.rtn import rtn
+from planish.quant.methods.segquant import segquant
 from planish.quant.methods.smoothquant_plus import smoothquant_plus
 from planish.quant.methods.svdquant import svdquant
+from planish.quant.parts import Segments
 from planish.quant.report import Report
+from planish.quant.segmenting import Segmented
+from planish.quant.segments import Cuts, Segment, detect_segments
 from planish.quant.transcode import export
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -39,6 +44,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "best": best,
     "duquant": duquant,
     "svdquant": svdquant,
+    "segquant": segquant,
     "evol-q": evol_q,
 }
 """Presets by name; each can be called without arguments."""
@@ -47,6 +53,7 @@ __all__ = [
     "FP4",
     "METHODS",
     "Affine",
+    "Cuts",
     "Decoder",
     "Dual",
     "Evaluation",
@@ -60,10 +67,15 @@ __all__ = [
     "QTensor",
     "Report",
     "SafetensorsWeights",
+    "Segment",
+    "Segmented",
+    "Segments",
+    "Static",
     "assemble",
     "awq",
     "best",
     "compare",
+    "detect_segments",
     "duquant",
     "evaluate",
     "evol_q",
@@ -79,6 +91,7 @@ __all__ = [
     "rtn",
     "save",
     "search",
+    "segquant",
     "smoothquant_plus",
     "svdquant",
 ]

@@ -19,11 +19,12 @@ from planish.quant import directory, files, fitting, layouts, naming, schemes
 from planish.quant.directory import Checkpoint
 from planish.quant.experts import unfuse
 from planish.quant.layers import QLinear
+from planish.quant.parts import Quantized, Segments, quantized_layers
 from planish.quant.precision import HALF
 from planish.quant.report import Report
 
 _LAYOUTS = ("auto", "compressed-tensors", "planish")
-_NO_ROUTERS = (nn.Linear, nn.Embedding, QLinear)
+_NO_ROUTERS = (nn.Linear, nn.Embedding, QLinear, Segments)
 _COUNTS = 1_000_000  # no field of a config that counts things is larger
 
 
@@ -78,12 +79,12 @@ def save(
         raise bad("save", "layout", f"one of {', '.join(_LAYOUTS)}", layout)
     if kept not in (None, *HALF):
         raise bad("save", "kept", "torch.float16, torch.bfloat16 or None", kept)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
+    layers = quantized_layers(model)
     if rounded != bool(layers):
         wanted = "a model with QLinear layers (quantize it first, or pass rounded=False)"
         raise bad("save", "model", wanted if rounded else "a float model when rounded=False", type(model).__name__)
-    if isinstance(model, QLinear):
-        raise bad("save", "model", "a module that holds layers", "a single QLinear; put it into a Sequential")
+    if isinstance(model, Quantized):
+        raise bad("save", "model", "a module that holds layers", "a single layer; put it into a Sequential")
     hub = _is_hub_model(model)
     config = _config(model)
     checkpoint = Checkpoint(
@@ -130,7 +131,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.get_default_dtype()
 
 
-def _float_tensors(model: nn.Module, layers: dict[str, QLinear]) -> dict[str, Tensor]:
+def _float_tensors(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, Tensor]:
     """Return the tensors outside quantized layers; of tied ones only the first."""
     inside = tuple(name + "." for name in layers)
     made: dict[str, Tensor] = {}
@@ -204,7 +205,7 @@ def _routers(model: nn.Module) -> list[str]:
     return [name for name, weight in held.items() if weight is not None and weight.ndim == 2]
 
 
-def _layout(layout: str, model: nn.Module, layers: dict[str, QLinear], hub: bool) -> str:
+def _layout(layout: str, model: nn.Module, layers: dict[str, Quantized], hub: bool) -> str:
     """Decide between the common layout and ours."""
     if layout == "planish" or (layout == "auto" and not hub):  # stock engines build only what transformers describes
         return "planish"
@@ -351,7 +352,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     found = directory.read(Path(path))
     formats: dict[str, int] = {}
-    for layer in found.layers.values():
+    parts = [p for q in found.layers.values() for p in q.modules() if isinstance(p, QLinear)]
+    for layer in parts:
         text = str(layer.format) + (f", inputs {layer.act}" if layer.act is not None else "")
         formats[text] = formats.get(text, 0) + 1
     quantized = sum(t.nbytes for q in found.layers.values() for t in q.state_dict().values())
@@ -367,7 +369,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "parameters": weights + sum(t.numel() for t in found.tensors.values()),
         "bits_per_weight": 8 * quantized / weights if weights else None,
         "formats": formats,
-        "transforms": sum(q.transform is not None for q in found.layers.values()),
-        "low_rank": sum(q.down is not None for q in found.layers.values()),
+        "transforms": sum(q.transform is not None for q in parts),
+        "low_rank": sum(q.down is not None for q in parts),
         "float_layers": found.ignore,
     }

@@ -124,8 +124,3 @@ class QConv(QLinear):
         """Return the layer's facts for `print(model)`."""
         shape = f"{self.in_channels} -> {self.out_channels}, kernel {self.kernel_size}, stride {self.stride}"
         return f"{shape}, groups {self.groups}, {super().extra_repr()}"
-
-
-def in_place_of(there: nn.Module, layer: QLinear) -> QLinear:
-    """Return the layer as what it replaces needs it: a `QConv` in place of a convolution, else as it is."""
-    return QConv(layer, there) if is_conv(there) and not isinstance(layer, QConv) else layer  # type: ignore[arg-type]

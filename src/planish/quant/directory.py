@@ -14,7 +14,7 @@ from torch import Tensor
 from planish import __version__
 from planish._support import CheckpointError
 from planish.quant import files, layouts, schemes
-from planish.quant.layers import QLinear
+from planish.quant.parts import Quantized
 
 Layout = Literal["compressed-tensors", "planish", "awq", "gptq", "float"]
 
@@ -37,7 +37,7 @@ class Checkpoint:
     """
 
     config: dict[str, Any]
-    layers: dict[str, QLinear]
+    layers: dict[str, Quantized]
     tensors: dict[str, Tensor]
     ignore: list[str] = field(default_factory=list)
     method: str = ""
@@ -131,15 +131,17 @@ def encode(checkpoint: Checkpoint, layout: str) -> tuple[dict[str, Tensor], dict
     layers, ignore = checkpoint.layers, checkpoint.ignore
     tensors = dict(checkpoint.tensors)
     config: dict[str, Any] = {}
+    stock = {n: layouts.plain(n, layout, q) for n, q in layers.items()} if layout not in ("planish", "float") else {}
     if layout in ("awq", "gptq"):
         make = layouts.awq_tensors if layout == "awq" else layouts.gptq_tensors
-        for name, layer in layers.items():
+        for name, layer in stock.items():
             tensors |= make(name, layer)
-        config = (layouts.awq_config if layout == "awq" else layouts.gptq_config)(layers, ignore)
+        config = (layouts.awq_config if layout == "awq" else layouts.gptq_config)(stock, ignore)
     elif layout in ("compressed-tensors", "planish"):
-        for name, layer in layers.items():
-            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        config = (layouts.compressed_config if layout == "compressed-tensors" else schemes.own_config)(layers, ignore)
+        for name, made in layers.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in made.state_dict().items()}
+        own = layout == "planish"
+        config = schemes.own_config(layers, ignore) if own else layouts.compressed_config(stock, ignore)
     elif layers:
         raise CheckpointError("quantized layers cannot be written as an ordinary float checkpoint.", "lossy")
     return tensors, config

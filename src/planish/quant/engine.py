@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from planish._support import bad, warn_once
 from planish.quant import fold
 from planish.quant.admission import check_layers
-from planish.quant.conv import in_place_of
 from planish.quant.experts import unfuse
 from planish.quant.formats import Affine, Format, Weight
 from planish.quant.layers import QLinear
 from planish.quant.moments import measure
+from planish.quant.parts import Segments, in_place_of
 from planish.quant.precision import Dense, restore, round_off
 from planish.quant.record import Record
 from planish.quant.report import BlockReport, Report
@@ -101,7 +101,7 @@ class Method:
     def folds(self) -> bool:
         """Whether a transform may want to go into the layer before; else nobody looks for such layers."""
         wants = self.transform is not no_transform and getattr(self.transform, "fold", True)
-        return wants or self.plan is not no_plan
+        return wants or getattr(self.plan, "folds", self.plan is not no_plan)
 
     def __repr__(self) -> str:
         """Return the provenance: every step that differs from doing nothing, the same in every process."""
@@ -235,7 +235,7 @@ def place(block: Block, layers: dict[str, nn.Module]) -> None:
     """Put rounded layers into a block, as dense stand-ins where that computes the same."""
     for name, layer in layers.items():
         there = block.module.get_submodule(name)
-        if isinstance(layer, QLinear):  # one from a journal does not know yet what it replaces
+        if isinstance(layer, QLinear | Segments):  # one from a journal does not know yet what it replaces
             layer = in_place_of(there, layer)  # noqa: PLW2901
         round_off(layer, block.stored, prefix=name + ".")
         block.finished[name] = layer

@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from planish._support import CheckpointError
 from planish.quant import naming
-from planish.quant.conv import in_place_of, is_conv
+from planish.quant.conv import is_conv
 from planish.quant.directory import Checkpoint
 from planish.quant.experts import Experts, fused_experts
 from planish.quant.layers import QLinear
+from planish.quant.parts import Quantized, Segments, in_place_of
 from planish.quant.sites import weight_of
 
 
@@ -54,7 +55,7 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], 
     return slots, ties
 
 
-def check_place(name: str, there: nn.Module | None, layer: QLinear) -> None:
+def check_place(name: str, there: nn.Module | None, layer: Quantized) -> None:
     """Refuse a layer for which the model has no dense layer of its size.
 
     Raises:
@@ -102,7 +103,7 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     if is_conv(module):
         outputs, columns = weight_of(module).shape
         return columns, outputs
-    if isinstance(module, (nn.Linear, QLinear)):
+    if isinstance(module, (nn.Linear, QLinear, Segments)):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, stored transposed
         rows, columns = module.weight.shape  # type: ignore[misc]

@@ -26,6 +26,7 @@ SCALE_DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+_LATER = {"clip": 1.0, "per_tensor": False, "unsigned": False}  # files written before there were these do not name them
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1 magnitudes, by code
 
 
@@ -85,9 +86,7 @@ class Format(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able description; `format_from_dict` reads it."""
-        fields = asdict(self)
-        if fields.get("clip") == 1.0:  # as files written before there was one say it
-            del fields["clip"]
+        fields = {name: value for name, value in asdict(self).items() if _LATER.get(name, self) != value}
         return {"kind": type(self).__name__, **fields}
 
 
@@ -105,6 +104,7 @@ class Affine(Format):
             Scales are rounded first and the codes chosen for the rounded scale.
         clip: Share of a group's own range that the codes span, in (0, 1]: what lies beyond goes to the last code.
             Default 1, all of it.
+        per_tensor: Let every group of every row have the scale that the whole tensor needs. Default False.
 
     Raises:
         ValueError: An argument is out of range; on `encode`, a value is not finite or the channels do not divide.
@@ -124,10 +124,12 @@ class Affine(Format):
     ragged: bool = False
     scale_dtype: str = "float16"
     clip: float = 1.0
+    per_tensor: bool = False
 
     def __repr__(self) -> str:
-        """Return the fields; `clip` only where it does something."""
-        shown = [f for f in self.__dataclass_fields__ if f != "clip" or self.clip != 1]
+        """Return the fields; `clip` and `per_tensor` only where they do something."""
+        silent = {name for name, value in _LATER.items() if getattr(self, name, None) == value}
+        shown = [f for f in self.__dataclass_fields__ if f not in silent]
         return f"Affine({', '.join(f'{f}={getattr(self, f)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
@@ -169,6 +171,8 @@ class Affine(Format):
 
     def _ends(self, grouped: Tensor) -> Limits:
         low, high = grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+        if self.per_tensor and low.numel():
+            low, high = low.amin().expand_as(low), high.amax().expand_as(high)
         return (low, high) if self.clip == 1 else (low * self.clip, high * self.clip)
 
     def scales(self, limits: Limits) -> tuple[Tensor, Tensor]:
@@ -316,62 +320,3 @@ def affine(where: str, grid: Weight) -> Affine:
     if not isinstance(grid, Affine):
         raise bad(where, "weight", "a grid of integers (Affine)", grid)
     return grid
-
-
-@dataclass(frozen=True)
-class Dual(Format):
-    """Integers with one scale for negative and one for other values, a pair for each row.
-
-    For activations whose two sides differ much, as after SiLU or GELU.
-
-    Args:
-        bits: Bits of a code, 2 to 8; default 8.
-
-    Source: SegQuant (arXiv 2507.14811), dual-scale activation quantization.
-
-    Example:
-        >>> import torch
-        >>> Dual(8).fake(torch.tensor([[-0.25, 0.0, 10.0]])).tolist()
-        [[-0.25, 0.0, 10.0]]
-    """
-
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
-            raise bad("Dual", "bits", "an integer from 2 to 8", self.bits)
-
-    def encode(self, x: Float[Tensor, "*rows channels"], *, limits: Limits | None = None) -> QTensor:
-        """Round to the grid; see `Format.encode`."""
-        work = working(x)
-        check_finite(work)
-        if limits is None:
-            low, high = work.amin(-1, keepdim=True).clamp(max=0), work.amax(-1, keepdim=True).clamp(min=0)
-        else:
-            low, high = limits[0].clamp(max=0), limits[1].clamp(min=0)
-        half = 1 << (self.bits - 1)
-        scale = torch.cat([-low / half, high / (half - 1)], -1)
-        scale = torch.where(scale > 0, scale, 1.0)
-        codes = torch.where(work < 0, work / scale[..., :1], work / scale[..., 1:]).round_().clamp_(-half, half - 1)
-        return QTensor(codes=(codes + half).to(torch.uint8), scale=scale, zero=None, format=self)
-
-    def decode(self, q: QTensor) -> Float[Tensor, "*rows channels"]:
-        """Return the values of the codes; see `Format.decode`."""
-        codes = q.codes.to(q.scale.dtype) - (1 << (self.bits - 1))
-        return torch.where(codes < 0, codes * q.scale[..., :1], codes * q.scale[..., 1:])
-
-
-def format_from_dict(description: dict[str, Any]) -> Format:
-    """Rebuild a format from `Format.to_dict`; ValueError on anything else.
-
-    Example:
-        >>> format_from_dict(Affine(3, 64).to_dict())
-        Affine(bits=3, group_size=64, symmetric=False, ragged=False, scale_dtype='float16')
-    """
-    kinds: dict[str, type[Format]] = {"Affine": Affine, "FP4": FP4, "Dual": Dual}
-    fields = dict(description) if isinstance(description, dict) else {}
-    kind = fields.pop("kind", None)
-    if kind not in kinds or not set(fields) <= set(kinds[kind].__dataclass_fields__):
-        raise bad("format_from_dict", "description", f"what Format.to_dict returns ({', '.join(kinds)})", description)
-    return kinds[kind](**fields)

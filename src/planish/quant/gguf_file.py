@@ -56,7 +56,8 @@ def write(found: Checkpoint, source: Path, place: Path, *, allow_rounding: bool)
             part = name.split(".")[-2] if "." in name else ""
             heads = shape.heads_of(part) if part in moved else 0
             writer.add_tensor(_rename(names, name), _plain(name, _move_rows(tensor, heads) if heads else tensor))
-        for name, layer in found.layers.items():
+        for name, made in found.layers.items():
+            layer = layouts.plain(name, "GGUF", made)
             part = name.rpartition(".")[2]
             kind, raw, change = _blocks(name, layer, shape.heads_of(part) if part in moved else 0, allow_rounding)
             writer.add_tensor(_rename(names, f"{name}.weight"), raw.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind])

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from planish._support import CheckpointError, bad, warn_once
 from planish.quant import files, schemes
-from planish.quant.conv import in_place_of
 from planish.quant.engine import Method, Walk, place
 from planish.quant.fingerprint import differences, fingerprint
-from planish.quant.layers import QLinear
+from planish.quant.parts import Quantized, in_place_of, quantized_layers
 from planish.quant.report import BlockReport
 from planish.quant.stream import Block
 
@@ -169,7 +168,7 @@ class Journal:
             TypeError: The block holds what cannot be rebuilt: a layer of an unknown class, or a transform that is
                 applied outside a quantized layer.
         """
-        layers = {name: m for name, m in block.module.named_modules() if isinstance(m, QLinear)}
+        layers = quantized_layers(block.module)
         for name, module in block.module.named_modules():
             if module._forward_pre_hooks:
                 raise TypeError(f"Journal: `{block.name}.{name}` applies a transform outside a quantized layer.")
@@ -224,7 +223,7 @@ class Journal:
             for name, layer in layers.items():
                 there = module.get_submodule(name)
                 layer.training = there.training
-                module.set_submodule(name, in_place_of(there, cast(QLinear, layer)))
+                module.set_submodule(name, in_place_of(there, cast(Quantized, layer)))
             for name, tensor in rest.items():
                 owner, _, last = name.rpartition(".")
                 holder = module.get_submodule(owner)

@@ -20,6 +20,7 @@ from planish import kernels
 from planish._support import bad
 from planish.quant.formats import FP4, SCALE_DTYPES, Affine, Format, QTensor, Weight
 from planish.quant.fp4 import halves, split_scale
+from planish.quant.integers import Term, has_integers, terms
 from planish.quant.packing import n_words, pack, unpack
 from planish.quant.transforms import Transform
 
@@ -38,7 +39,7 @@ class QLinear(nn.Module):
         transform: Applied to the input first; None where it was folded into the layer before.
         act: Grid to which the (transformed) input is rounded, a row at a time; None keeps it in float. On a CPU an
             `Affine` grid of 2 to 8 bits runs on integers, where an input that is not finite gives a result that is not;
-            elsewhere it is refused.
+            `Dual` and `Static` run on integers too and refuse it, as any grid does elsewhere.
         rank: Rank of a float branch beside the quantized weight; 0 for none.
         loras: Rank and scale of the adapters by name, see `add_lora`.
         dtype: Of bias, branch and adapters; default torch's default.
@@ -305,9 +306,8 @@ class QLinear(nn.Module):
     def _on_integers(self, x: Tensor) -> bool:
         """Whether the product is one of integers: where there are kernels for it, and nobody wants gradients."""
         wanted = (x, self.bias, self.down, self.up, self.lora_down, self.lora_up)
-        grid = self.act
         return (
-            (isinstance(grid, FP4) or (isinstance(grid, Affine) and grid.bits >= 2 and grid.scale_dtype != "float64"))
+            has_integers(self.act)
             and x.dtype != torch.float64
             and x.device.type == "cpu"
             and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted))
@@ -315,26 +315,22 @@ class QLinear(nn.Module):
 
     def _integer_product(self, x: Tensor) -> Tensor:
         """Encode the (transformed) input on the grid of `act`, and multiply codes by codes."""
-        act = cast(Weight, self.act)
-        act.n_groups(self.in_features)  # says what does not divide
-        zero = None
-        if isinstance(act, FP4):
-            encoded = act.encode(x)
-            codes, step = halves(encoded.codes), encoded.scale / 2
-        else:
-            codes, step, origin = kernels.quantize_rows(
-                x, bits=act.bits, group_size=act.group_size, symmetric=act.symmetric,
-                scale_dtype=SCALE_DTYPES[act.scale_dtype], clip=act.clip,
-            )  # fmt: skip
-            zero = None if act.symmetric else origin
         down, up, bias = self.float_parts()
         packed, scale, zeros, bits = self._operands()
-        return kernels.qgemm(
-            codes, step, packed, scale, zeros, bias,
-            bits=bits, group_size=self.format.group_size or self.in_features,
-            x_zero=zero, x_group_size=act.group_size,
-            down=down, up=up, x=None if down is None else x, dtype=x.dtype,
-        )  # fmt: skip
+        first, *rest = terms(cast(Format, self.act), x)
+
+        def product(term: Term, dtype: torch.dtype, **beside: Tensor | None) -> Tensor:
+            return kernels.qgemm(
+                term.codes, term.scale, packed, scale, zeros, bits=bits,
+                group_size=self.format.group_size or self.in_features, x_zero=term.zero, x_group_size=term.group_size,
+                dtype=dtype, **beside,
+            )  # fmt: skip
+
+        wide = torch.promote_types(x.dtype, torch.float32) if rest else x.dtype
+        y = product(first, wide, bias=bias, down=down, up=up, x=None if down is None else x)
+        for term in rest:
+            y = y + product(term, wide)
+        return y.to(x.dtype)
 
     def _operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Packed codes, scales, zero points and bits as the kernels want them.

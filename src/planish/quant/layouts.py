@@ -15,6 +15,7 @@ from planish.quant.conv import QConv
 from planish.quant.formats import FP4, SCALE_DTYPES, Affine, QTensor
 from planish.quant.layers import QLinear
 from planish.quant.packing import pack, unpack
+from planish.quant.parts import Quantized, Segments
 
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble k of a word holds column order[k] of its eight
 _AWQ_INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -25,8 +26,10 @@ def lossy(name: str, layout: str, why: str) -> CheckpointError:
     return CheckpointError(f"`{name}` cannot be written as {layout} without loss: {why}.", "lossy")
 
 
-def not_plain(layer: QLinear) -> str | None:
+def not_plain(layer: Quantized) -> str | None:
     """Say why no stock layout can hold a layer, or None where they can."""
+    if isinstance(layer, Segments):
+        return "it is cut into segments"
     if isinstance(layer.format, FP4):
         return "its weights are four-bit floats"
     if isinstance(layer, QConv):
@@ -44,12 +47,20 @@ def not_plain(layer: QLinear) -> str | None:
     return None
 
 
-def not_compressed(layer: QLinear, dtype: torch.dtype) -> str | None:
+def plain(name: str, layout: str, layer: Quantized) -> QLinear:
+    """Return a layer that a stock layout can hold, or refuse."""
+    why = not_plain(layer)
+    if why is not None or not isinstance(layer, QLinear):
+        raise lossy(name, layout, why or "it is no single layer")
+    return layer
+
+
+def not_compressed(layer: Quantized, dtype: torch.dtype) -> str | None:
     """Say why compressed-tensors cannot hold a layer for a model that runs in `dtype`, or None where it can.
 
     Stock readers cast scales to the model's dtype, so a scale must survive that.
     """
-    if (why := not_plain(layer)) is not None:
+    if (why := not_plain(layer)) is not None or not isinstance(layer, QLinear):
         return why
     if layer.format.bits < 2:
         return "stock readers know 2 to 8 bits"

@@ -25,6 +25,7 @@ class BlockReport:
         folded: For each site that was transformed, whether the transform went into the layer before.
         error: Squared error of the block's output relative to the float model's, everything before it included.
         tokens: Tokens that each expert saw, by its name in the block; empty where all layers see all.
+        notes: What the method's steps say of layers, by name.
         clean: What the float block makes of its inputs; not part of the report proper.
     """
 
@@ -33,6 +34,7 @@ class BlockReport:
     folded: dict[str, bool] = field(default_factory=dict)
     error: float = math.nan
     tokens: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     clean: list[Tensor] = field(default_factory=list, repr=False)
 
     @classmethod
@@ -54,6 +56,7 @@ class BlockReport:
             gap += (a - b).square().sum().item()
             size += b.square().sum().item()
         self.error = gap / size if size else 0.0
+        self.notes = dict(block.notes) or self.notes
         self.clean = []
 
     @property

@@ -7,17 +7,17 @@ Legend: O outputs, C channels, G groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from planish._support import bad
-from planish.quant.conv import in_place_of
 from planish.quant.formats import Affine, Format, Limits, QTensor, affine
 from planish.quant.layers import QLinear
 from planish.quant.moments import gram
+from planish.quant.parts import in_place_of
 from planish.quant.sites import Site
 from planish.quant.transforms import Shift
 
@@ -30,7 +30,7 @@ def layer_of(site: Site, name: str, weight: QTensor, method: "Method") -> QLinea
     bias = getattr(site.consumers[name], "bias", None)
     act = act_of(site, method)
     layer = QLinear.of(weight, None if bias is None else bias.detach(), transform=site.online, act=act)
-    return in_place_of(site.consumers[name], layer)
+    return cast(QLinear, in_place_of(site.consumers[name], layer))
 
 
 def act_of(site: Site, method: "Method") -> Format | None:

@@ -6,16 +6,18 @@ the tensors is told from them, and the config must agree; its regular expression
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from planish._support import CheckpointError
 from planish.quant import layouts
-from planish.quant.formats import FP4, SCALE_DTYPES, Affine, Dual, Format, format_from_dict
+from planish.quant.act_formats import Dual, Static, format_from_dict
+from planish.quant.formats import FP4, SCALE_DTYPES, Affine, Format
 from planish.quant.layers import QLinear
 from planish.quant.packing import n_words
+from planish.quant.parts import Quantized, Segments
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift, Transform
 
 FORMAT_VERSION = 1
@@ -26,7 +28,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 def read_layers(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, QLinear], dict[str, Tensor]]:
+) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     """Build the quantized layers of a checkpoint, every value checked.
 
     Args:
@@ -43,7 +45,7 @@ def read_layers(
     rest = dict(tensors)
     method = config.get("quant_method")
     if not config:
-        layers: dict[str, QLinear] = {}
+        layers: dict[str, Quantized] = {}
     elif method == "compressed-tensors":
         layers = _read_compressed(config, rest)
     elif method == "planish":
@@ -62,7 +64,7 @@ def read_layers(
     return layers, rest
 
 
-def own_config(layers: Mapping[str, QLinear], ignore: Iterable[str]) -> dict[str, Any]:
+def own_config(layers: Mapping[str, Quantized], ignore: Iterable[str]) -> dict[str, Any]:
     """Describe layers in our own dialect."""
     return {
         "quant_method": "planish",
@@ -72,8 +74,11 @@ def own_config(layers: Mapping[str, QLinear], ignore: Iterable[str]) -> dict[str
     }
 
 
-def describe(name: str, layer: QLinear) -> dict[str, Any]:
+def describe(name: str, layer: Quantized) -> dict[str, Any]:
     """Describe one layer as JSON-able values: all that its tensors do not say."""
+    if isinstance(layer, Segments):
+        parts = [describe(f"{name}.parts.{i}", cast(QLinear, part)) for i, part in enumerate(layer.parts)]
+        return {"mode": layer.mode, "parts": parts}
     made: dict[str, Any] = {"in": layer.in_features, "out": layer.out_features, "weight": layer.format.to_dict()}
     if layer.bias is not None:
         made["bias"] = _dtype_name(layer.bias)
@@ -105,12 +110,25 @@ def _describe_transform(name: str, transform: Transform) -> dict[str, Any]:
     return {"kind": kind, "shape": list(buffer.shape), "dtype": _dtype_name(buffer)}
 
 
-def empty_layer(name: str, entry: object) -> QLinear:
-    """Build the empty `QLinear`, on the meta device, that a description asks for.
+def empty_layer(name: str, entry: object) -> Quantized:
+    """Build the empty layer, on the meta device, that a description asks for.
 
     Raises:
         CheckpointError: The description is not one that `describe` makes.
     """
+    if not isinstance(entry, dict) or set(entry) != {"mode", "parts"}:
+        return _empty_linear(name, entry)
+    try:
+        parts = [_empty_linear(f"{name}.parts.{i}", part) for i, part in enumerate(entry["parts"])]
+        return Segments(parts, entry["mode"])
+    except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"quantization_config, `{name}`: its segments are damaged: {error}", "shape") from None
+
+
+def _empty_linear(name: str, entry: object) -> QLinear:
+    """Build the empty `QLinear` of a description."""
     if not isinstance(entry, dict) or not {"in", "out", "weight"} <= set(entry) <= _FIELDS:
         raise CheckpointError(f"quantization_config, `{name}`: the layer's description is damaged.", "unsupported")
     low_rank = entry.get("low_rank") or {"rank": 0, "dtype": "float32"}
@@ -222,11 +240,12 @@ def _count(value: object) -> bool:
 def _format(name: str, entry: object) -> Format:
     try:
         made = format_from_dict(entry)  # type: ignore[arg-type]
-        size = getattr(made, "group_size", None)
-        flags = (made.symmetric, made.ragged) if isinstance(made, Affine) else ()
-        bits = made.bits if isinstance(made, (Affine, Dual)) else 4
+        grid = made.grid if isinstance(made, Static) else made
+        size = getattr(grid, "group_size", None)
+        flags = [getattr(grid, flag, False) for flag in ("symmetric", "ragged", "per_tensor", "unsigned")]
+        bits = grid.bits if isinstance(grid, Affine | Dual) else 4
         sound = all(type(flag) is bool for flag in flags) and type(bits) is int and (size is None or _count(size))
-        if not sound or (isinstance(made, FP4) and size is None):
+        if not sound or (isinstance(grid, FP4) and size is None):
             raise ValueError("a field has a wrong type")
     except (TypeError, ValueError):
         raise CheckpointError(
@@ -235,7 +254,7 @@ def _format(name: str, entry: object) -> Format:
     return made
 
 
-def fill(name: str, layer: QLinear, tensors: dict[str, Tensor]) -> QLinear:
+def fill(name: str, layer: Quantized, tensors: dict[str, Tensor]) -> Quantized:
     """Give an empty layer its tensors, taking them out of `tensors`; every value is checked first."""
     for key, empty in layer.state_dict().items():
         found = tensors.pop(f"{name}.{key}", None)
@@ -250,10 +269,10 @@ def fill(name: str, layer: QLinear, tensors: dict[str, Tensor]) -> QLinear:
         _check_values(f"{name}.{key}", found)
         owner, _, last = key.rpartition(".")
         setattr(layer.get_submodule(owner), last, found)
-    shape = [layer.out_features, layer.in_features]
-    if layer.weight_shape.tolist() != shape:
-        raise CheckpointError(f"`{name}.weight_shape` must be {shape}; got {layer.weight_shape.tolist()}.", "range")
     for path, part in layer.named_modules():
+        if isinstance(part, QLinear) and part.weight_shape.tolist() != [part.out_features, part.in_features]:
+            where, shape = ".".join(filter(None, (name, path))), [part.out_features, part.in_features]
+            raise CheckpointError(f"`{where}.weight_shape` must be {shape}; got {part.weight_shape.tolist()}.", "range")
         if type(part) in (Permute, Rotate):
             buffer = getattr(part, _BUFFERS[type(part).__name__])
             try:
@@ -273,7 +292,7 @@ def _check_values(name: str, found: Tensor) -> None:
         raise CheckpointError(f"`{name}` must be above zero everywhere; got {found.min().item():.3g}.", "range")
 
 
-def _read_own(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, QLinear]:
+def _read_own(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, Quantized]:
     version, entries = config.get("format_version"), config.get("layers")
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
@@ -284,7 +303,7 @@ def _read_own(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, Q
     return {name: fill(name, empty_layer(name, entry), rest) for name, entry in entries.items()}
 
 
-def _read_compressed(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, QLinear]:
+def _read_compressed(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, Quantized]:
     schemes = layouts.compressed_schemes(config)
     layers = {}
     for key in [key for key in rest if key.endswith(".weight_packed")]:
@@ -325,10 +344,10 @@ def _read_compressed(config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict
     return layers
 
 
-def _read_transposed(method: str, config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, QLinear]:
+def _read_transposed(method: str, config: Mapping[str, Any], rest: dict[str, Tensor]) -> dict[str, Quantized]:
     """Read AWQ or GPTQ, whose tensors lie with the outputs last."""
     read = layouts.awq_reader(config) if method == "awq" else layouts.gptq_reader(config)
-    layers = {}
+    layers: dict[str, Quantized] = {}
     for key in [key for key in rest if key.endswith(".qweight")]:
         name = key.removesuffix(".qweight")
         parts = {

@@ -45,6 +45,7 @@ class Block:
         device: Where it runs.
         stored: Precision in which each parameter and buffer is kept; half precision computes in float32 meanwhile.
         finished: Quantized layers whose dense stand-ins are in the block.
+        notes: What steps have to say of layers, by name, for the report (JSON-able).
         clean: What enters it in the float model, where `inputs` are those of the quantized one.
         clean_context: The other arguments in the float model: a decoder's hold what its encoder made.
         twin: The block as it was before anything was rounded, with the float model's inputs; None unless a rounding
@@ -60,6 +61,7 @@ class Block:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stored: dict[str, torch.dtype] = field(default_factory=dict)
     finished: dict[str, nn.Module] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     clean: list[Any] = field(default_factory=list)
     clean_context: list[dict[str, Any]] = field(default_factory=list)
     twin: "Block | None" = None
@@ -346,12 +348,16 @@ def _lists(model: nn.Module) -> list[tuple[int, str, nn.ModuleList]]:
 
 def call_model(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
     """Call a model on a batch: a dict by name, a tuple or list by position, anything else as it is."""
+    args, kwargs = call_arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+    """Return the arguments, by position and by name, with which a model is called on a batch."""
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     if isinstance(batch, Mapping):
-        return model(**batch, **extra)
-    if isinstance(batch, tuple | list):
-        return model(*batch, **extra)
-    return model(batch, **extra)
+        return (), {**batch, **extra}
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,), extra
 
 
 def first_tensor(output: Any) -> Tensor:  # noqa: ANN401

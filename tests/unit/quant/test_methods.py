@@ -16,17 +16,20 @@ from planish.quant.methods.awq import LocalScale
 from planish.quant.methods.duquant import DuRotate
 from planish.quant.methods.evol_q import ClipWeight, Evolve
 from planish.quant.methods.gptq import Compensate
+from planish.quant.methods.segquant import FindCuts, SmoothAlpha
 from planish.quant.methods.smoothquant_plus import Smooth
 from planish.quant.methods.svdquant import SearchSmooth
 from planish.quant.mixed import SearchBits
 from planish.quant.plans import SearchAlpha
 from planish.quant.rounding import Clip, ClipOutput, Nearest
+from planish.quant.segmenting import Segmented
 
 C = 64
 GRIDS = {
     "svdquant": Affine(4, 64, symmetric=True),
     "duquant": Affine(4, None, clip=0.8),
     "evol-q": Affine(4, None),
+    "segquant": Affine(8, None, symmetric=True, scale_dtype="float32", per_tensor=True),
 }  # as published, where it is not the house's
 
 
@@ -78,6 +81,7 @@ def test_every_preset_runs_without_arguments_and_says_what_it_is(name):
     names = {
         "Affine": Affine, "Smooth": Smooth, "SearchAlpha": SearchAlpha, "Nearest": Nearest, "Clip": Clip,
         "LowRank": LowRank, "SearchSmooth": SearchSmooth,
+        "Segmented": Segmented, "SmoothAlpha": SmoothAlpha, "FindCuts": FindCuts,
         "DuRotate": DuRotate, "Evolve": Evolve, "ClipWeight": ClipWeight,
         "Compensate": Compensate, "LocalScale": LocalScale, "ClipOutput": ClipOutput, "SearchBits": SearchBits,
     }  # fmt: skip

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from planish.quant import QLinear, quantize, rtn
+from planish.quant.act_formats import Dual
 from planish.quant.engine import Method, Walk, process
-from planish.quant.formats import Affine, Dual
+from planish.quant.formats import Affine
 from planish.quant.local import SiteError
 from planish.quant.moments import Moments, gram, measure
 from planish.quant.report import BlockReport, Report, model_bytes

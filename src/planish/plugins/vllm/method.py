@@ -48,9 +48,7 @@ class Stored:
         names = list(self.entries)
         name = names[where[0]] if len(names) > 1 else names[0]
         entry = {key: value for key, value in self.entries[name].items() if key != "bias"}  # vLLM adds the bias itself
-        layer = schemes.empty_layer(name, entry)
-        parts.check_servable(name, layer)
-        return name, layer
+        return name, parts.check_servable(name, schemes.empty_layer(name, entry))
 
     def biased(self) -> bool:
         """Return whether a layer has a bias."""
@@ -59,10 +57,10 @@ class Stored:
     def make(self, where: Where, tensors: dict[str, Tensor], cut: "Cut") -> QLinear:
         """Build a part as this worker holds it."""
         name, layer = self._empty(where)
-        filled = schemes.fill(name, layer, {f"{name}.{key}": tensor.clone() for key, tensor in tensors.items()})
+        schemes.fill(name, layer, {f"{name}.{key}": tensor.clone() for key, tensor in tensors.items()})
         if cut.columns is not None:
-            return parts.take_columns(name, filled, *cut.columns)
-        return parts.take_rows(filled, cut.rows(where))
+            return parts.take_columns(name, layer, *cut.columns)
+        return parts.take_rows(layer, cut.rows(where))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from planish._support import bad
 from planish.quant.formats import FP4, Affine, QTensor
 from planish.quant.layers import QLinear
+from planish.quant.parts import Quantized
 from planish.quant.transforms import Chain, Permute, Rotate, Scale, Shift, Transform
 
 Span = tuple[int, int]
@@ -204,15 +205,19 @@ def join(parts: Sequence[QLinear]) -> QLinear | Beside:
     return QLinear.of(weight, transform=first.transform, act=first.act, low_rank=_branches(parts))
 
 
-def check_servable(name: str, layer: QLinear) -> None:
-    """Refuse a layer whose answer to one request would depend on the others in the batch, or that carries adapters.
+def check_servable(name: str, layer: Quantized) -> QLinear:
+    """Return a layer, or refuse it: one whose answer to a request would depend on the others, one with adapters.
 
     Raises:
-        ValueError: Inputs are rounded to FP4, whose scale is chosen for the whole tensor; or there are adapters.
+        ValueError: Inputs are rounded to FP4, whose scale is chosen for the whole tensor; there are adapters; or the
+            layer is cut into segments.
 
     Example:
-        >>> check_servable("q", QLinear.of(Affine(4, 32).encode(torch.randn(8, 32)), act=Affine(8, None)))
+        >>> check_servable("q", QLinear.of(Affine(4, 32).encode(torch.randn(8, 32)), act=Affine(8, None))).out_features
+        8
     """
+    if not isinstance(layer, QLinear):
+        raise ValueError(f"`{name}`: it is cut into segments, which the method planish does not serve.")
     if isinstance(layer.act, FP4):
         raise ValueError(
             f"`{name}`: inputs rounded to {layer.act} share a scale over all tokens of a batch, so that requests would "
@@ -222,6 +227,7 @@ def check_servable(name: str, layer: QLinear) -> None:
         raise ValueError(f"`{name}`: weights of four-bit floats are not served; use integers.")
     if layer.loras:
         raise ValueError(f"`{name}`: it carries {', '.join(layer.loras)}; let vLLM apply adapters to a layer without.")
+    return layer
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class SearchSmooth:
         """Return the site's transform, or None where it is best left alone."""
         if not self.fold:
             site.producer = None  # of this site alone: the transform stays at the layers' input
-        x = _sample(site, self.tokens)
+        x = sample(site, self.tokens)
         shift = self._shift(site, method)
         inputs = x if shift is None else shift(x)
         top = inputs.abs().amax(0) if shift is not None else site.moments.amax
@@ -155,7 +155,7 @@ class SearchSmooth:
             calls = record(site.block, module, self.tokens)
 
         def judge(scale: Tensor) -> float:
-            problem = _sampled(weight * scale, inputs / scale, act, step.weigh)
+            problem = sampled(weight * scale, inputs / scale, act, step.weigh)
             if rank:
                 found, _ = solve(
                     problem, rank, grid.fake, dtype=step.stored(site), iterations=1, exact=False, where=site.name
@@ -172,7 +172,7 @@ class SearchSmooth:
         return judge
 
 
-def _sampled(weight: Tensor, x: Tensor, act: Format | None, weigh: str) -> Problem:
+def sampled(weight: Tensor, x: Tensor, act: Format | None, weigh: str) -> Problem:
     """Return the problem of a site as a few of its tokens pose it."""
     gram = x.T @ x / len(x)
     if act is None:
@@ -243,11 +243,16 @@ def scales(site: Site, top: Float[Tensor, "channels"], alpha: float, beta: float
     return torch.where(alive & torch.isfinite(s), s.clamp(1 / _WIDEST, _WIDEST), 1.0)
 
 
-def _sample(site: Site, tokens: int) -> Float[Tensor, "tokens channels"]:
+def sample(site: Site, tokens: int) -> Float[Tensor, "tokens channels"]:
     """Return some of the tokens that enter a site, taken evenly from all batches."""
+    return torch.cat(sampled_rows(site, tokens))
+
+
+def sampled_rows(site: Site, tokens: int) -> list[Float[Tensor, "tokens channels"]]:
+    """Return the same, batch by batch."""
     batches = [x for x in entering(site.block, site) if len(x)]
     each = -(-tokens // max(len(batches), 1))
-    return torch.cat([x[:: max(1, len(x) // each)][:each] for x in batches])
+    return [x[:: max(1, len(x) // each)][:each] for x in batches]
 
 
 def svdquant(
