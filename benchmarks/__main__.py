@@ -31,6 +31,8 @@ NAMES = (
     "segments",
     "activations",
     "private",
+    "caching",
+    "schedules",
     "text",
     "serve",
     "load",

@@ -100,12 +100,12 @@ def drawn(model: nn.Module, seed: int, quick: bool) -> Tensor:
 @cache
 def reference(key: str, planted: bool, seed: int, quick: bool) -> Tensor:
     """Return the float model's pictures of a seed."""
-    return drawn(digits.denoiser(key, planted=planted), seed, quick)
+    return drawn(digits.denoiser(key, planted=planted, quick=quick), seed, quick)
 
 
 def piece(key: str, planted: bool, subject: str, seeds: int, *, quick: bool) -> dict[str, list[float]]:
     """Fit one method to one model and judge its pictures of every seed."""
-    make, model = SUBJECTS[subject], digits.fresh(key, planted=planted)
+    make, model = SUBJECTS[subject], digits.fresh(key, planted=planted, quick=quick)
     found: dict[str, list[float]] = {}
     if make is not None:
         few = {"pictures": 8, "steps": 4} if quick else {}
@@ -152,7 +152,7 @@ def rows(
     """Yield the mean over sampling seeds of each figure, with its 95 % interval, by model and method.
 
     Args:
-        quick: The transformer without planted outliers, few methods, two seeds of 20 pictures; nothing kept.
+        quick: A transformer trained in seconds, few methods, two seeds of 20 pictures; no figure is kept.
         only: These methods.
         models: Cases whose name holds one of these.
         fresh: Do not use what an earlier run left in the cache.
@@ -162,7 +162,7 @@ def rows(
         if (quick and (planted or key != "dit")) or (models is not None and not any(m in case for m in models)):
             continue
         try:
-            digits.denoiser(key)
+            digits.denoiser(key, quick=quick)
             digits.network("judge")
         except ImportError as error:  # scikit-learn or diffusers
             if skipped is not None:

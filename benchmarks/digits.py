@@ -123,9 +123,16 @@ def network(name: str) -> Network:
     return found
 
 
-def denoiser(name: str, *, planted: bool = False) -> nn.Module:
-    """Return the trained transformer `dit` or the U-Net `unet`, a copy of one's own, outliers planted or not."""
+def denoiser(name: str, *, planted: bool = False, quick: bool = False) -> nn.Module:
+    """Return the trained transformer `dit` or the U-Net `unet`, a copy of one's own, outliers planted or not.
+
+    Args:
+        name: Which.
+        planted: With outliers, see `plant`.
+        quick: Trained for a tenth of the steps, and kept under another name.
+    """
     steps, batch, lr = STEPS[name]
+    steps = steps // 10 if quick else steps
 
     def train(model: nn.Module) -> None:
         images, labels = (t[:TRAINED_ON] for t in digits())
@@ -136,7 +143,7 @@ def denoiser(name: str, *, planted: bool = False) -> nn.Module:
 
         train_denoiser(model, images, labels, steps=steps, batch_size=batch, lr=lr, progress=say)
 
-    model = _once(name, digits_dit() if name == "dit" else digits_unet(), train)
+    model = _once(f"{name}{'-quick' * quick}", digits_dit() if name == "dit" else digits_unet(), train)
     return plant(model) if planted else model
 
 
@@ -257,6 +264,6 @@ def scores(pictures: Tensor, reference: Tensor, by: str = "judge") -> Scores:
     return Scores(psnr(pictures, reference), right.float().mean().item(), distance(pictures, by))
 
 
-def fresh(name: str, *, planted: bool = False) -> nn.Module:
+def fresh(name: str, *, planted: bool = False, quick: bool = False) -> nn.Module:
     """Return a denoiser to be changed: a copy that nobody else holds."""
-    return copy.deepcopy(denoiser(name, planted=planted))
+    return copy.deepcopy(denoiser(name, planted=planted, quick=quick))

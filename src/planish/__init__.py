@@ -31,6 +31,7 @@ _ROOMS = (
     *("complexity", "diffusion", "flows", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant"),
     *("regression", "statespace", "tune"),
 )
+_BASES = ("ModelMixin", "SchedulerMixin")  # a pipeline of diffusers that loads our schedulers asks for these by name
 _VERBS = ("evaluate", "load", "quantize", "save")
 
 __all__ = ["evaluate", "load", "quantize", "save"]  # the rooms are reached as attributes
@@ -46,6 +47,11 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562: any public name)
         return importlib.import_module(f"planish.{name}")
     if name in _VERBS:
         return getattr(importlib.import_module("planish.quant"), name)
+    if name in _BASES or name.startswith("QSched"):
+        try:
+            return getattr(importlib.import_module("planish.diffusion.schedulers"), name)
+        except ImportError:
+            raise AttributeError(f"planish.{name} needs `diffusers`: pip install 'planish[diffusers]'") from None
     raise AttributeError(f"module 'planish' has no attribute {name!r}")
 
 
