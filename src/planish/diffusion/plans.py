@@ -50,7 +50,7 @@ class CachePlan:
     schedule: Sequence[int]
     steps: int
     region: tuple[int, int] | None = None
-    timesteps: Sequence[float] | None = None
+    timesteps: Sequence[int | float] | None = None
     shape: Sequence[int] | None = None
     branches: int = 1
     corrections: Sequence[ChannelMap | None] = ()

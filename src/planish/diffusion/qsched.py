@@ -129,7 +129,7 @@ def tune_schedule(
     coeff_range: tuple[int | float, int | float] = (0.8, 1.2),
     grid: int = 5,
     levels: int = 3,
-    base: Sequence[float] | None = None,
+    base: Sequence[int | float] | None = None,
     held_out: int | float = 0.5,
     widen: bool = True,
     guard: Callable[[Tensor], float] | None = None,
@@ -228,7 +228,7 @@ class _Scorer:
     """One model's candidates, each scored once."""
 
     def __init__(
-        self, label: str, draw: Sampler, steps: int, score: Score, profile: Profile, base: Sequence[float] | None,
+        self, label: str, draw: Sampler, steps: int, score: Score, profile: Profile, base: Sequence[int | float] | None,
         store: _Store, progress: Callable[[str, int], None] | None,
     ) -> None:  # fmt: skip
         self.label, self.draw, self.steps, self.score, self.profile = label, draw, steps, score, profile

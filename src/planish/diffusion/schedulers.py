@@ -23,7 +23,7 @@ SchedulerMixin = _diffusers.SchedulerMixin  # a pipeline that loads one of these
 ModelMixin = _diffusers.ModelMixin
 
 PREFIX = "QSched"
-Coefficients = Sequence[float] | Mapping[str, float] | None
+Coefficients = Sequence[int | float] | Mapping[str, int | float] | None
 _HISTORY_KEPT = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 _REFUSED = tuple(
     name + "Scheduler"
@@ -119,12 +119,14 @@ def _checked(where: str, name: str, given: Coefficients) -> Any:  # noqa: ANN401
     if given is None:
         return None
     ends = isinstance(given, Mapping)
-    if ends and set(cast(Mapping[str, float], given)) != {"start", "end"}:
+    if ends and set(cast(Mapping[str, int | float], given)) != {"start", "end"}:
         raise bad(where, name, "a list, or {'start': ..., 'end': ...}", given)
-    values = list(cast(Mapping[str, float], given).values()) if ends else list(cast(Sequence[float], given))
+    values = list(cast(Mapping[str, int | float], given).values()) if ends else list(cast(Sequence[int | float], given))
     if not values or not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values):
         raise bad(where, name, "finite numbers above 0", given)
-    return {k: float(v) for k, v in cast(Mapping[str, float], given).items()} if ends else [float(v) for v in values]
+    return (
+        {k: float(v) for k, v in cast(Mapping[str, int | float], given).items()} if ends else [float(v) for v in values]
+    )
 
 
 def linear_coefficients(start: int | float, end: int | float, steps: int) -> list[float]:
@@ -190,7 +192,7 @@ def wrap_scheduler(
     sample_coeff: Coefficients = None,
     model_coeff: Coefficients = None,
     *,
-    model_shift: Sequence[Sequence[float]] | None = None,
+    model_shift: Sequence[Sequence[int | float]] | None = None,
     num_steps: int | None = None,
 ) -> Any:  # noqa: ANN401
     """Return a scheduler like the one given, with coefficients; the one given stays as it is.

@@ -339,6 +339,7 @@ def later(plan, times):
 TIMED = CachePlan((0,), 3, timesteps=(9.0, 6.0, 3.0))
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     "mistake, sentence",
     [

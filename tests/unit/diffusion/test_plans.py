@@ -71,6 +71,7 @@ def test_a_damaged_plan_is_refused(tmp_path):
 TABLE = [[0.0, 1.0], [0.0, 0.0]]
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     "mistake, sentence",
     [
