@@ -204,7 +204,7 @@ def test_picked_windows_and_the_rest_are_disjoint_and_whole():
         (["quantize", "MODEL", "no/dir/out"], "`OUT` must be in a directory that can be written"),
         (
             ["quantize", "MODEL", "OUT", "--method", "magic"],
-            "`method` must be one of rtn, awq, gptq, smoothquant+, nipq, best, duquant, svdquant, evol-q",
+            "`method` must be one of rtn, awq, gptq, smoothquant+, nipq, best, duquant, svdquant, segquant, evol-q",
         ),
         (["quantize", "MODEL", "OUT", "--data", "nothing.txt"], "`data` must be a readable text file; got"),
         (["quantize", "MODEL", "OUT", "--data", "BYTES"], "`data` must be a text file in UTF-8"),

@@ -67,7 +67,7 @@ SENTENCES = {
     "save: `model` must be a float model when rounded=False; got 'Sequential'.": lambda p: save(
         small(), p, rounded=False
     ),
-    "save: `model` must be a module that holds layers; got 'a single QLinear; put it into a Sequential'.": (
+    "save: `model` must be a module that holds layers; got 'a single layer; put it into a Sequential'.": (
         lambda p: save(small()[0], p)
     ),
     f"export: `layout` must be one of {LAYOUTS}; got 'zip'.": lambda p: export(p, p, "zip"),
