@@ -5,7 +5,7 @@ what all nodes do together costs something; beta says how much more rough differ
 """
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -71,9 +71,9 @@ class LaplacianPower(nn.Module):
         """Return N."""
         return len(self.laplacian)
 
-    def sharing(self, epsilon: int | float, beta: int | float = 1.0) -> Self:
+    def sharing(self, epsilon: int | float, beta: int | float = 1.0) -> "LaplacianPower":
         """Return the same of another epsilon and beta, with the eigenvectors that are already known."""
-        other = type(self)(self.laplacian, epsilon, beta, method=self.method, degree=self.degree)
+        other = LaplacianPower(self.laplacian, epsilon, beta, method=self.method, degree=self.degree)
         other._basis = self._basis
         return other
 
