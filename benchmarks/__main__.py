@@ -27,6 +27,7 @@ NAMES = (
     "smoothing",
     "flows",
     "interpolation",
+    "graphs",
     "noise",
     "segments",
     "activations",

@@ -13,6 +13,7 @@ Rooms load on first touch, so that `import planish` costs nothing:
     planish.optim      minimize what is steep, or has a Hessian
     planish.complexity how hard is it, at the worst?
     planish.pde        fractional equations
+    planish.graphs     fill the gaps of sensors
     planish.diffusion  diffusion models, fast and smooth
     planish.statespace smooth a time series
     planish.flows      densities with forces
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from planish.quant import evaluate, load, quantize, save
 
 _ROOMS = (
-    *("complexity", "diffusion", "flows", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins", "quant"),
-    *("regression", "statespace", "tune"),
+    *("complexity", "diffusion", "flows", "graphs", "kernels", "linalg", "metrics", "nn", "optim", "pde", "plugins"),
+    *("quant", "regression", "statespace", "tune"),
 )
 _BASES = ("ModelMixin", "SchedulerMixin")  # a pipeline of diffusers that loads our schedulers asks for these by name
 _VERBS = ("evaluate", "load", "quantize", "save")
