@@ -262,7 +262,7 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
         if self.period != "auto":
             return season
         miss = [
-            float((prior.fill(x, inside, self._power, tol=1e-4) - x)[hidden].square().mean())
+            float((prior.fill(x, inside, self._power, tol=1e-7) - x)[hidden].square().mean())
             for prior in (plain, season)
         ]
         return season if miss[1] < miss[0] else plain
@@ -299,7 +299,7 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
         if self.method_ == "timegnn" and self._network_fill is not None:
             return self._network_fill
         if self.method_ == "prior" and self.prior_ is not None:
-            return self.prior_.fill(x, mask, self._power)
+            return self.prior_.fill(x, mask, self._power, tol=1e-7)
         if self.method_ == "graphtrss":
             return self._graphtrss(x, mask, self.alpha_)
         if self.method_ == "tikhonov":

@@ -83,7 +83,7 @@ class SmoothnessPrior:
         mask: Bool[Tensor, "N M"],
         smoothness: LaplacianPower,
         *,
-        tol: int | float = 1e-6,
+        tol: int | float = 1e-8,
         max_iter: int = 5000,
     ) -> Float[Tensor, "N M"]:
         """Recover signals: the minimizer of 1/2 |J o (X - Y)|^2 + half the charges.
@@ -92,7 +92,7 @@ class SmoothnessPrior:
             x: Signals, one row a node; only entries of the mask are read.
             mask: Which entries are samples.
             smoothness: Its eigenvectors are used; epsilon and beta are this prior's own.
-            tol: Residual relative to the samples about their mean, in (0, 1); default 1e-6.
+            tol: Residual relative to the samples about their mean, in (0, 1); default 1e-8.
             max_iter: Steps at most; default 5000.
 
         Raises:
