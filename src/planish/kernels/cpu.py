@@ -3,41 +3,20 @@
 Addresses instead of DLPack arrays: a call costs microseconds, and a decoder makes hundreds of calls a token.
 """
 
-import importlib
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from planish._compiled import absence, isa
+from planish._compiled import native as _native
 from planish._support import bad, warn_once
 from planish.kernels.checks import check_w4a16
 from planish.kernels.ops import LIBRARY, w4a16_reference
 from planish.kernels.prepared import Prepared, Shelf
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("planish.kernels._native"), ""
-    except ImportError as error:
-        return None, str(error)
-
-
-_native, absence = _load()
 _shelf = None if _native is None else Shelf(_native)
-
-
-def _choose(native: ModuleType, wanted: str | None) -> str:
-    """Use the instruction set that the environment names, or the best."""
-    if wanted is not None:
-        runnable = native.runnable()
-        if wanted not in runnable:
-            raise bad("planish.kernels", "PLANISH_ISA", f"one of {', '.join(runnable)} on this processor", wanted)
-        native.use(wanted)
-    return str(native.active_isa())
-
-
-isa: str = "none" if _native is None else _choose(_native, os.environ.get("PLANISH_ISA"))
 
 
 def module() -> ModuleType:

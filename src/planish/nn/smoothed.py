@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish.nn import blocks
+from planish.nn import blocks, fused
 from planish.nn.unit import along, slopes, total, upcast, value
 
 
@@ -14,7 +14,9 @@ class SmoothedLeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: int) -> Tensor:
-        """Return the unit."""
+        """Return the unit: in the compiled module, else by blocks, else by plain operations."""
+        if fused.fits(x, slope, sigma):
+            return fused.forward(x, slope, sigma, kernel, channel_dim)
         if blocks.quick(x, slope, sigma):
             return blocks.forward(x, slope, sigma, kernel, channel_dim)
         wide = x.to(upcast(x))
@@ -30,9 +32,11 @@ class SmoothedLeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """Return the gradients: in one pass over blocks, or by operations that can be differentiated again."""
+        """Return the gradients: as forward, or by plain operations where they are to be differentiated again."""
         x, slope, sigma = ctx.saved_tensors
         wanted = ctx.needs_input_grad
+        if not torch.is_grad_enabled() and fused.fits(x, slope, sigma, grad):
+            return (*fused.backward(grad, x, slope, sigma, ctx.kernel, ctx.channel_dim, wanted[:3]), None, None)
         if not torch.is_grad_enabled() and blocks.quick(x, slope, sigma) and type(grad) is Tensor:
             return (*blocks.backward(grad, x, slope, sigma, ctx.kernel, ctx.channel_dim, wanted[:3]), None, None)
         wide, g = x.to(upcast(x)), grad.to(upcast(x))

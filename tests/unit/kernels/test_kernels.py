@@ -117,7 +117,7 @@ def test_without_the_compiled_module_one_warning_and_the_same_numbers(monkeypatc
     x = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
     expected = ops.w4a16_reference(x, _PACKED, _SCALE, _ZERO + 3, None, bits=4, group_size=8)
     monkeypatch.setattr(cpu, "_native", None)
-    monkeypatch.setattr(cpu, "absence", "No module named 'planish.kernels._native'")
+    monkeypatch.setattr(cpu, "absence", "No module named 'planish._native'")
     monkeypatch.setattr(_support, "_warned", set())
     with pytest.warns(_support.PlanishWarning, match="the compiled module is absent") as caught:
         y = [w4a16(x=x, zero=_ZERO + 3) for _ in range(2)]

@@ -106,4 +106,5 @@ NB_MODULE(_native, m) {
     });
     m.def("w4a16", &w4a16);
     planish::bind_integer(m);
+    planish::bind_smoothed(m);
 }

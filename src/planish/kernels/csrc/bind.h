@@ -12,5 +12,6 @@ namespace planish {
 Isa isa_named(const std::string& name);
 
 void bind_integer(nanobind::module_& m);
+void bind_smoothed(nanobind::module_& m);
 
 } // namespace planish
