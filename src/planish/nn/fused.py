@@ -10,25 +10,31 @@ from planish._compiled import isa, native
 from planish.nn.profiles import PROFILES
 
 _NUMBERS = {kernel: number for number, kernel in enumerate(PROFILES)}  # as the compiled module numbers them
+_TYPES = (Tensor, nn.Parameter)
 
 
-def fits(x: Tensor, *others: Tensor) -> bool:
-    """Tell whether the compiled module takes these: plain tensors on a processor with numbers of their own, x float32.
+def fits(x: Tensor, *parameters: Tensor) -> bool:
+    """Tell whether the compiled module takes these: plain float32 numbers on a processor, and parameters there.
 
-    Not under a dispatch mode (tracing by `make_fx`, counting of operations), which would not see what is done.
+    Not inside a transform of functorch, nor under a dispatch mode (tracing by `make_fx`, counting of operations): neither
+    would see what is done.
     """
-    if native is None or x.dtype is not torch.float32 or torch._C._len_torch_dispatch_stack() or not x.numel():
+    if native is None or x.dtype is not torch.float32 or not x.numel():
         return False
-    return all(_plain(t) for t in (x, *others))
-
-
-def _plain(t: Tensor) -> bool:
-    return (
-        type(t) in (Tensor, nn.Parameter)
-        and t.device.type == "cpu"
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(
+        type(t) in _TYPES
+        and t.is_cpu
         and t.layout is torch.strided
-        and not (t.is_neg() or t._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(t))
+        and not (t.is_neg() or t._is_zerotensor() or wrapped(t))
+        for t in (x, *parameters)
     )
+
+
+def wrapped(t: Tensor) -> bool:
+    """Tell whether a tensor stands for a batch of them, or for one of a transform: its numbers lie elsewhere."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t))
 
 
 def forward(x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: int) -> Tensor:
@@ -45,13 +51,13 @@ def backward(
     sigma: Tensor,
     kernel: str,
     channel_dim: int,
-    wanted: tuple[bool, bool, bool],
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients by x, slope and sigma, each where it is wanted."""
     out = torch.empty_like(x)
     by_slope, by_sigma = (
         torch.empty(p.shape, dtype=torch.float32) if want else None
-        for p, want in zip((slope, sigma), wanted[1:], strict=True)
+        for p, want in zip((slope, sigma), wanted[1:3], strict=True)
     )
     into = out if wanted[0] else None
     _run(_like(x, out), _like(grad, out), into, slope, sigma, kernel, channel_dim, by_slope, by_sigma)

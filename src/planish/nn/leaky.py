@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from planish._support import bad
 from planish.nn.parameters import SlopeAndWidth, as_parameter, check_input
 from planish.nn.profiles import Kernel, check_kernel
-from planish.nn.smoothed import SmoothedLeakyReLU
+from planish.nn.smoothed import smoothed
 from planish.nn.unit import along, upcast, value
 
 
@@ -75,8 +75,7 @@ def sau(
     dim = channel_dim % max(x.dim(), 1)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return value(x.to(upcast(x)), along(a, x, dim), along(s, x, dim), kernel).to(x.dtype)
-    made: Tensor = SmoothedLeakyReLU.apply(x, a, s, kernel, dim)  # type: ignore[no-untyped-call]
-    return made
+    return smoothed(x, a, s, kernel, dim)
 
 
 class SAU(SlopeAndWidth):

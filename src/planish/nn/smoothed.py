@@ -14,9 +14,7 @@ class SmoothedLeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: int) -> Tensor:
-        """Return the unit: in the compiled module, else by blocks, else by plain operations."""
-        if fused.fits(x, slope, sigma):
-            return fused.forward(x, slope, sigma, kernel, channel_dim)
+        """Return the unit."""
         if blocks.quick(x, slope, sigma):
             return blocks.forward(x, slope, sigma, kernel, channel_dim)
         wide = x.to(upcast(x))
@@ -32,12 +30,11 @@ class SmoothedLeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """Return the gradients: as forward, or by plain operations where they are to be differentiated again."""
+        """Return the gradients: in one pass over blocks, or by operations that can be differentiated again."""
         x, slope, sigma = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if not torch.is_grad_enabled() and fused.fits(x, slope, sigma, grad):
-            return (*fused.backward(grad, x, slope, sigma, ctx.kernel, ctx.channel_dim, wanted[:3]), None, None)
-        if not torch.is_grad_enabled() and blocks.quick(x, slope, sigma) and type(grad) is Tensor:
+        plain = type(grad) is Tensor and not fused.wrapped(grad)
+        if plain and not torch.is_grad_enabled() and blocks.quick(x, slope, sigma):
             return (*blocks.backward(grad, x, slope, sigma, ctx.kernel, ctx.channel_dim, wanted[:3]), None, None)
         wide, g = x.to(upcast(x)), grad.to(upcast(x))
         a, s = along(slope, x, ctx.channel_dim), along(sigma, x, ctx.channel_dim)
@@ -85,3 +82,37 @@ class SmoothedLeakyReLU(torch.autograd.Function):
                 shape[channel_dim + 1] = rows.shape[1]
             each.append(rows.reshape(shape))
         return value(x.to(upcast(x)), each[0], each[1], kernel).to(x.dtype), 0
+
+
+class FusedLeakyReLU(torch.autograd.Function):
+    """The same in the compiled module, for what `fused.fits` allows; what cannot be done there is done as above.
+
+    In the older form of an autograd function, which costs a third of a call less; functorch does not take it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: int) -> Tensor:  # noqa: ANN401
+        """Return the unit, and keep the input and the two parameters."""
+        ctx.kernel, ctx.channel_dim = kernel, channel_dim
+        ctx.save_for_backward(x, slope, sigma)
+        ctx.save_for_forward(x, slope, sigma)
+        return fused.forward(x, slope, sigma, kernel, channel_dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Return the gradients: in one pass, or by operations that can be differentiated again."""
+        if torch.is_grad_enabled() or not fused.fits(grad):
+            return SmoothedLeakyReLU.backward(ctx, grad)
+        by_x, by_slope, by_sigma = fused.backward(
+            grad, *ctx.saved_tensors, ctx.kernel, ctx.channel_dim, ctx.needs_input_grad
+        )
+        return by_x, by_slope, by_sigma, None, None
+
+    jvp = SmoothedLeakyReLU.jvp
+
+
+def smoothed(x: Tensor, slope: Tensor, sigma: Tensor, kernel: str, channel_dim: int) -> Tensor:
+    """Return the unit, differentiable: in the compiled module where that takes it, else by operations of torch."""
+    way = FusedLeakyReLU if fused.fits(x, slope, sigma) else SmoothedLeakyReLU
+    made: Tensor = way.apply(x, slope, sigma, kernel, channel_dim)  # type: ignore[no-untyped-call]
+    return made

@@ -23,14 +23,15 @@ constexpr std::int64_t kPeriod = 256, kColumns = 1024; // positions at least, fo
 constexpr std::int64_t kRows = 32;               // summed in float before they join a sum in double
 constexpr std::int64_t kShares = 64;             // of rows, at most: each has sums of its own
 
-// With m = (u - 3) / (u + 3): Mills's ratio times u + 3, and (1 - u times the ratio) times (u + 3)^2, for u in [0, 13].
-constexpr float kMiddle = 3.0f;
-constexpr float kMills[] = {1.827541709e+00f,  -1.276706457e+00f, 5.765726566e-01f,  -1.184574589e-01f, -2.626762539e-02f,
-                            1.737573184e-02f,  2.702021040e-03f,  -2.293799538e-03f, -6.882829475e-04f};
-constexpr float kTail[] = {3.104247808e+00f,  -3.706549883e+00f, 2.085116148e+00f,  -3.689682186e-01f,
-                           -2.184694111e-01f, 8.932688832e-02f,  3.605670109e-02f,  -1.555576269e-02f,
-                           -8.329743519e-03f, 1.670369064e-03f,  1.302020042e-03f};
-// 2^x for x in [-1/2, 1/2]; 2 atanh(sqrt(x)) / sqrt(x) for x in [0, 1/9].
+// With m = (u - 4) / (u + 4): Mills's ratio, and 1 - u times that ratio, both times u + 4, for u in [0, 13.27].
+constexpr float kMiddle = 4.0f;
+constexpr float kMills[] = {1.893219113e+00f, -1.523771405e+00f, 9.704024196e-01f, -4.675287008e-01f, 1.514877379e-01f,
+                            -1.895148121e-02f, -9.172399528e-03f, 3.972650971e-03f, 1.040518750e-03f};
+constexpr float kTail[] = {4.271237552e-01f, -1.050668955e+00f, 1.162775397e+00f, -8.486950397e-01f, 4.159192145e-01f,
+                           -1.140987873e-01f, -3.715374041e-03f, 1.507475879e-02f, -2.275318140e-03f, -1.784207183e-03f};
+// 2^x / sqrt(2 pi) and 2^x for x in [-1/2, 1/2]; 2 atanh(sqrt(x)) / sqrt(x) for x in [0, 1/9].
+constexpr float kDensity[] = {3.989423215e-01f, 2.765256464e-01f, 9.583438933e-02f, 2.214414254e-02f, 3.859982360e-03f,
+                              5.296539748e-04f};
 constexpr float kPower[] = {1.000000000e+00f, 6.931471825e-01f, 2.402264625e-01f, 5.550328642e-02f,
                             9.618489072e-03f, 1.339993090e-03f, 1.534581097e-04f};
 constexpr float kAtanh[] = {2.000000000e+00f, 6.666631699e-01f, 4.002490938e-01f, 2.796060145e-01f, 2.817833424e-01f};

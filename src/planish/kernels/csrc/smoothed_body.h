@@ -1,5 +1,5 @@
 // One run of numbers, once for each instruction set: smoothed.cpp includes this file inside a namespace that defines
-// kBytes, the length of a vector, and root(), its square root. No guard.
+// kBytes, the length of a vector, Floats, and root(), its square root. No guard.
 //
 // Comparisons are written so that NaN passes through. A compiler may fuse a product and a sum; nothing depends on it.
 
@@ -21,12 +21,13 @@ PLANISH_INLINE Floats polynomial(const float (&p)[N], const Floats& x) {
     return sum;
 }
 
-// 2^(x y) for a product in [-126, 0].
-PLANISH_INLINE Floats power(const Floats& x, const Floats& y) {
+// 2^(x y), times what `p` has it times, for a product in [-127, 0]; 0 from -126.5 down.
+template <std::size_t N>
+PLANISH_INLINE Floats power(const float (&p)[N], const Floats& x, const Floats& y) {
     const Floats shifted = x * y + 12582912.0f; // the nearest whole number stands in the low bits
     const Floats rest = x * y - (shifted - 12582912.0f);
-    const Words scale = (reinterpret_cast<Words>(shifted) << 23) + 0x3F800000u;
-    return polynomial(kPower, rest) * reinterpret_cast<Floats>(scale);
+    const Words scale = (reinterpret_cast<Words>(shifted) << 23) + 0x3F800000u; // of -127: zero
+    return polynomial(p, rest) * reinterpret_cast<Floats>(scale);
 }
 
 // Of each kernel: tail, sf and gap at u in [0, reach]; at `reach` they are those of infinity.
@@ -35,14 +36,13 @@ struct Curves;
 
 template <>
 struct Curves<Smoothing::gaussian> {
-    static constexpr float reach = 13.0f;
+    static constexpr float reach = 13.268f; // where power() has come to zero
     PLANISH_INLINE Floats density(const Floats& u) {
-        const Floats e = power(u * -0.72134752f, u) * 0.39894228f; // half the logarithm of e to base 2; 1 / sqrt(2 pi)
-        return u >= reach ? Floats{} : e;
+        return power(kDensity, u * -0.72134752f, u); // half the logarithm of e to base 2
     }
     PLANISH_INLINE Floats tail(const Floats& u) { // density (1 - u Mills(u))
         const Floats q = 1.0f / (u + kMiddle), m = 1.0f - 2.0f * kMiddle * q;
-        return density(u) * (q * q) * polynomial(kTail, m);
+        return density(u) * q * polynomial(kTail, m);
     }
     PLANISH_INLINE void slopes(const Floats& u, Floats& tail, Floats& sf, Floats& gap) {
         const Floats q = 1.0f / (u + kMiddle), m = 1.0f - 2.0f * kMiddle * q;
@@ -54,11 +54,8 @@ struct Curves<Smoothing::gaussian> {
 
 template <>
 struct Curves<Smoothing::logistic> {
-    static constexpr float reach = 87.0f;
-    PLANISH_INLINE Floats decay(const Floats& u) {
-        const Floats z = power(u, all(-1.44269504f));
-        return u >= reach ? Floats{} : z;
-    }
+    static constexpr float reach = 88.0f; // where power() has come to zero
+    PLANISH_INLINE Floats decay(const Floats& u) { return power(kPower, u, all(-1.44269504f)); }
     PLANISH_INLINE Floats grown(const Floats& z) { // log(1 + z) by the series of atanh
         const Floats w = z / (2.0f + z);
         return w * polynomial(kAtanh, w * w);
@@ -74,7 +71,7 @@ struct Curves<Smoothing::logistic> {
 
 template <>
 struct Curves<Smoothing::laplace> {
-    static constexpr float reach = 87.0f;
+    static constexpr float reach = 88.0f;
     PLANISH_INLINE Floats tail(const Floats& u) { return 0.5f * Curves<Smoothing::logistic>::decay(u); }
     PLANISH_INLINE void slopes(const Floats& u, Floats& tail_, Floats& sf, Floats& gap) {
         tail_ = sf = tail(u);
@@ -183,18 +180,20 @@ struct Rest {
 };
 
 template <class C, bool vary>
-void forward_run(const Run& r) {
+void forward_run(const Run& run) {
+    const Run r = run; // a copy of its own stays in registers
     std::int64_t i = 0;
     for (; i + kLanes <= r.n; i += kLanes) put(r.out + i, value<C>(get(r.x + i), each<vary>(r, i)));
     if (i == r.n) return;
-    Rest rest(r, i, vary);
+    Rest rest(run, i, vary);
     put(rest.out, value<C>(get(rest.x), each<vary>(rest.run(), 0)));
     std::memcpy(r.out + i, rest.out, static_cast<std::size_t>(r.n - i) * sizeof(float));
 }
 
 // One slope and width: r.by_a and r.by_s are one sum each, to which is added. Else one a position.
 template <class C, bool vary, bool summed>
-void back_run(const Run& r) {
+void back_run(const Run& run) {
+    const Run r = run;
     constexpr std::int64_t short_sum = 32 * kLanes;
     double wide_a[kLanes] = {}, wide_s[kLanes] = {};
     Floats by_a = {}, by_s = {};
@@ -214,7 +213,7 @@ void back_run(const Run& r) {
         by_a = by_s = Floats{};
     }
     if (i < r.n) {
-        Rest rest(r, i, vary);
+        Rest rest(run, i, vary);
         by_a = by_s = Floats{};
         slopes<C, summed>(get(rest.x), get(rest.g), each<vary>(rest.run(), 0), rest.out, by_a, by_s);
         const int left = static_cast<int>(r.n - i);
