@@ -10,9 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from planish._compiled import absence, isa, native
 from planish.nn import SAU, fused, sau
 from planish.nn.profiles import PROFILES
-from planish.nn.unit import value
+from planish.nn.unit import slopes, value
 
-pytestmark = pytest.mark.skipif(bool(absence), reason="the compiled module is absent")
+pytestmark = [
+    pytest.mark.skipif(bool(absence), reason="the compiled module is absent"),
+    # what torch itself calls when it first differentiates forward
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
 KERNELS = list(PROFILES)
 SETS = native.runnable() if native is not None else []
 ULP = 2.0**-23
@@ -52,13 +56,12 @@ def test_within_units_in_the_last_place(kernel, instructions):
     """Of the larger of |x| and the width; in the tails of their own size too, for the rounded |x| / sigma."""
     x = torch.cat([torch.linspace(-30, 30, 60_001), torch.logspace(-44, 38, 3000), -torch.logspace(-44, 38, 3000)])
     grad = torch.ones_like(x)
-    for a, s in itertools.product((0.15, 0.0, -0.5), (0.7, 5e-5, 3e6)):
-        a, s = torch.tensor(a), torch.tensor(s)
+    for a, s in itertools.product(torch.tensor([0.15, 0.0, -0.5]), torch.tensor([0.7, 5e-5, 3e6])):
         y = fused.forward(x, a, s, kernel, 0)
         by_x = fused.backward(grad, x, a, s, kernel, 0, (True, True, True))[0]
         want, slope, *_ = exact(x[:, None], a[None], s[None], grad[:, None], kernel)
-        assert ((y - want[:, 0]).abs() <= 2 * ULP * (x.abs().clamp_min(float(s)))).all()
-        assert ((by_x - slope[:, 0]).abs() <= 2.5 * ULP).all()
+        assert ((y - want[:, 0]).abs() <= 2 * ULP * (1 + float(a.abs())) * x.abs().clamp_min(float(s))).all()
+        assert ((by_x - slope[:, 0]).abs() <= 2.5 * ULP * (1 + float(a.abs()))).all()
     u = torch.linspace(0, 5, 20_001)  # beyond, the definition itself cancels
     tail = fused.forward(-u, torch.tensor(0.0), torch.tensor(1.0), kernel, 0).double()
     want = PROFILES[kernel].tail(u.double())
@@ -69,8 +72,9 @@ def test_within_units_in_the_last_place(kernel, instructions):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_every_layout(layout, instructions):
     x = LAYOUTS[layout]()
-    for kernel, (slopes, widths) in itertools.product(("gaussian", "logistic"), itertools.product((1, x.shape[1]), (1, x.shape[1]))):
-        a, s = torch.rand(slopes) - 0.3, torch.rand(widths) + 0.2
+    sizes = (1, x.shape[1])
+    for kernel, per_slope, per_width in itertools.product(("gaussian", "logistic"), sizes, sizes):
+        a, s = torch.rand(per_slope) - 0.3, torch.rand(per_width) + 0.2
         weight = torch.randn(x.shape)
         got = results(x, a, s, weight, lambda x, a, s: sau(x, a, s, kernel=kernel))  # noqa: B023
         want = exact(x, a, s, weight, kernel)
@@ -92,19 +96,15 @@ def test_an_expanded_gradient_and_a_gradient_of_another_layout():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_special_values(kernel, instructions):
     x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-42, -1e-42, 3e38, -3e38, 1e-30, 13.25, -13.25])
-    for a, s in itertools.product((0.15, 1.0), (0.0, 1e-42, 5e-5, 0.5, 1e30)):
-        a, s = torch.tensor(a), torch.tensor(s)
+    for a, s in itertools.product(torch.tensor([0.15, 1.0]), torch.tensor([0.0, 1e-42, 5e-5, 0.5, 1e30])):
         for n in (len(x), 40):  # alone, and among others in whole vectors
             many = x.repeat(4)[:n] if n > len(x) else x
             y = fused.forward(many, a, s, kernel, 0)
             by_x = fused.backward(torch.ones(n), many, a, s, kernel, 0, (True, False, False))[0]
-            plain = many.clone().requires_grad_()
-            want = value(plain, a, s, kernel)
-            (slope,) = torch.autograd.grad(want.sum(), plain)
+            want, slope = value(many, a, s, kernel), slopes(many, a, s, kernel)[0]
             assert torch.equal(y.isnan(), want.isnan())
             assert torch.allclose(y, want, rtol=3e-7, atol=1e-6 * float(s) + 1e-37, equal_nan=True)
-            finite = many.isfinite() & ((many == 0) | (many.abs() > 1e-37))  # autograd at denormal u divides by nothing
-            assert torch.allclose(by_x[finite], slope[finite], atol=1e-6)
+            assert torch.allclose(by_x, slope, atol=1e-6, equal_nan=True)
             assert bool(by_x[4].isnan()) and float(by_x[2]) == 1 and float(by_x[3]) == float(a)
 
 
@@ -116,7 +116,7 @@ def test_threads_change_nothing():
             found = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                found.append(results(x, a, s, weight, lambda x, a, s: sau(x, a, s)))
+                found.append(results(x, a, s, weight, sau))
             for other in found[1:]:
                 assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
     finally:

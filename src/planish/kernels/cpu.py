@@ -8,14 +8,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from planish._compiled import absence, isa
-from planish._compiled import native as _native
+from planish import _compiled
 from planish._support import bad, warn_once
 from planish.kernels.checks import check_w4a16
 from planish.kernels.ops import LIBRARY, w4a16_reference
 from planish.kernels.prepared import Prepared, Shelf
 
-
+_native, absence, isa = _compiled.native, _compiled.absence, _compiled.isa
 _shelf = None if _native is None else Shelf(_native)
 
 

@@ -16,8 +16,8 @@ _TYPES = (Tensor, nn.Parameter)
 def fits(x: Tensor, *parameters: Tensor) -> bool:
     """Tell whether the compiled module takes these: plain float32 numbers on a processor, and parameters there.
 
-    Not inside a transform of functorch, nor under a dispatch mode (tracing by `make_fx`, counting of operations): neither
-    would see what is done.
+    Not inside a transform of functorch, nor under a dispatch mode (tracing by `make_fx`, counting of operations): they
+    would not see what is done.
     """
     if native is None or x.dtype is not torch.float32 or not x.numel():
         return False

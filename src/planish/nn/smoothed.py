@@ -9,6 +9,24 @@ from planish.nn import blocks, fused
 from planish.nn.unit import along, slopes, total, upcast, value
 
 
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    x, slope, sigma = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    plain = type(grad) is Tensor and not fused.wrapped(grad)
+    if plain and not torch.is_grad_enabled() and blocks.quick(x, slope, sigma):
+        return (*blocks.backward(grad, x, slope, sigma, ctx.kernel, ctx.channel_dim, wanted[:3]), None, None)
+    wide, g = x.to(upcast(x)), grad.to(upcast(x))
+    a, s = along(slope, x, ctx.channel_dim), along(sigma, x, ctx.channel_dim)
+    by_x, by_a, by_s = slopes(wide, a, s, ctx.kernel)
+    return (
+        (g * by_x).to(x.dtype) if wanted[0] else None,
+        total(g * by_a, slope, ctx.channel_dim) if wanted[1] else None,
+        total(g * by_s, sigma, ctx.channel_dim) if wanted[2] else None,
+        None,
+        None,
+    )
+
+
 class SmoothedLeakyReLU(torch.autograd.Function):
     """The unit with its own way back; differentiable again, under vmap, and in forward mode."""
 
@@ -31,21 +49,7 @@ class SmoothedLeakyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients: in one pass over blocks, or by operations that can be differentiated again."""
-        x, slope, sigma = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        plain = type(grad) is Tensor and not fused.wrapped(grad)
-        if plain and not torch.is_grad_enabled() and blocks.quick(x, slope, sigma):
-            return (*blocks.backward(grad, x, slope, sigma, ctx.kernel, ctx.channel_dim, wanted[:3]), None, None)
-        wide, g = x.to(upcast(x)), grad.to(upcast(x))
-        a, s = along(slope, x, ctx.channel_dim), along(sigma, x, ctx.channel_dim)
-        by_x, by_a, by_s = slopes(wide, a, s, ctx.kernel)
-        return (
-            (g * by_x).to(x.dtype) if wanted[0] else None,
-            total(g * by_a, slope, ctx.channel_dim) if wanted[1] else None,
-            total(g * by_s, sigma, ctx.channel_dim) if wanted[2] else None,
-            None,
-            None,
-        )
+        return _gradients(ctx, grad)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, da: Tensor | None, ds: Tensor | None, *_: None) -> Tensor:  # noqa: ANN401
@@ -102,11 +106,10 @@ class FusedLeakyReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients: in one pass, or by operations that can be differentiated again."""
         if torch.is_grad_enabled() or not fused.fits(grad):
-            return SmoothedLeakyReLU.backward(ctx, grad)
-        by_x, by_slope, by_sigma = fused.backward(
-            grad, *ctx.saved_tensors, ctx.kernel, ctx.channel_dim, ctx.needs_input_grad
-        )
-        return by_x, by_slope, by_sigma, None, None
+            return _gradients(ctx, grad)
+        x, slope, sigma = ctx.saved_tensors
+        found = fused.backward(grad, x, slope, sigma, ctx.kernel, ctx.channel_dim, ctx.needs_input_grad)
+        return (*found, None, None)
 
     jvp = SmoothedLeakyReLU.jvp
 
