@@ -66,7 +66,7 @@ def test_within_units_in_the_last_place(kernel, instructions):
     tail = fused.forward(-u, torch.tensor(0.0), torch.tensor(1.0), kernel, 0).double()
     want = PROFILES[kernel].tail(u.double())
     inside = want > 1e-3 if kernel in ("uniform", "triangular", "epanechnikov") else want > 0
-    assert (((tail - want) / want).abs()[inside] <= 4 * ULP * (1 + u.double().square() / 4)[inside]).all()
+    assert (((tail - want) / want).abs()[inside] <= 5 * ULP * (1 + u.double().square() / 4)[inside]).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
