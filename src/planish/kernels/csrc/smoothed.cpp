@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "pool.h"
+#include "host_threads.h"
 
 #if defined(PLANISH_X86)
 #include <immintrin.h>
@@ -141,7 +141,7 @@ void by_runs(const Smoothed& op, int threads, Isa isa) {
     const std::int64_t parts = (op.inner + kPiece - 1) / kPiece, pieces = op.outer * op.channels * parts;
     const std::int64_t group = std::max<std::int64_t>(1, kPiece / op.inner);
     std::vector<double> sums(op.grad == nullptr ? 0 : 2 * pieces);
-    parallel(threads, (pieces + group - 1) / group, [&](std::int64_t task) {
+    on_host(threads, (pieces + group - 1) / group, [&](std::int64_t task) {
         for (std::int64_t k = task * group; k < std::min(pieces, (task + 1) * group); ++k) {
             const std::int64_t run = k / parts, c = run % op.channels, first = k % parts * kPiece;
             const std::int64_t at = run * op.inner + first;
@@ -168,7 +168,7 @@ void by_rows(const Smoothed& op, int threads, Isa isa) {
     const std::int64_t share = std::max((rows + kShares - 1) / kShares, 2 * kPiece / std::min(period, kColumns));
     const std::int64_t shares = (rows + share - 1) / share;
     std::vector<double> sums(op.grad == nullptr ? 0 : 2 * shares * period);
-    parallel(threads, shares * strips, [&](std::int64_t task) {
+    on_host(threads, shares * strips, [&](std::int64_t task) {
         const std::int64_t first = task % strips * kColumns, end = std::min(period, first + kColumns);
         double *wide_a = sums.data() + 2 * (task / strips) * period, *wide_s = wide_a + period;
         float by_a[kColumns] = {}, by_s[kColumns] = {};
