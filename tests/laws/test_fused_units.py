@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -121,6 +124,22 @@ def test_threads_change_nothing():
                 assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own():
+    program = """if True:
+        import os, torch
+        from planish.nn import sau
+        torch.set_num_threads(2)
+        x = torch.randn(200_000)
+        want = sau(x, 0.15, 0.5).numpy()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if (sau(x, 0.15, 0.5).numpy() == want).all() else 1)
+        raise SystemExit(os.waitpid(child, 0)[1])
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
 
 def test_long_sums_are_exact_to_a_float():

@@ -1,4 +1,4 @@
-"""The unit on a processor, block by block: what lies between two operations never leaves the cache.
+"""The unit on a processor where the compiled module does not take it, block by block: temporaries stay in the cache.
 
 The Gaussian is written in place with the quickest operations that torch compiles: t Phi(t) is `gelu`, and divided by t
 it is Phi; `exp2` costs a quarter of `exp`. The other kernels run their plain formulas, block by block.

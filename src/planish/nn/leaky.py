@@ -19,8 +19,8 @@ identity
 Differs from the paper: any kernel; sigma can be trained (its logarithm is, so it stays positive); the way back is one
 operation that keeps only x. At the paper's width the unit is within 1.7e-5 of Leaky ReLU, and behaves as PReLU: take
 sigma of 0.1 to 1, or train it, where smoothness is wanted.
-When to use: where derivatives of the network matter. See ``docs/jobs/nn.md``. Below -1e26, float32 may give NaN, as
-GELU does for -inf.
+When to use: where derivatives of the network matter. See ``docs/jobs/nn.md``. On a CPU, float32 runs in the compiled
+module; where that is absent, it may give NaN below -1e26, as GELU does for -inf.
 
 Reference:
     Biswas, Kumar, Banerjee and Pandey, SAU: Smooth activation function using convolution with approximate identities,
