@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from planish._support import CheckpointError, bad, require
+from planish.quant.files import write_shard
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""
@@ -19,11 +19,11 @@ ADAPTER = "smooth"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a temporary name, then rename."""
+    """Write tensors to a temporary name, then rename; the same content gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(held, partial, metadata={"format": "pt", **metadata})
+    write_shard(partial, held, metadata)
     partial.replace(path)
 
 

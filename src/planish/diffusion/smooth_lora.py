@@ -70,6 +70,7 @@ def train_smooth_lora(
     config: object = None,
     regularizer: StepwiseVariationRegularizer | None = None,
     method: Literal["vjp", "jvp", "difference"] = "vjp",
+    share: int | float = 1.0,
     lr: int | float = 1e-4,
     weight_decay: int | float = 1e-4,
     clip: int | float = 1.0,
@@ -95,6 +96,8 @@ def train_smooth_lora(
         regularizer: Default `StepwiseVariationRegularizer()`; weight 0 trains a plain LoRA on the same draws.
         method: "vjp", the published one, twice the time and memory; "jvp" for forward mode; "difference" for two
             passes and any attention.
+        share: Of each batch that is regularized, in (0, 1], rounded up; default 1, as published. A half
+            costs less time and memory, and makes the penalty noisier.
         lr: AdamW's step size, > 0, constant; default 1e-4, the paper's.
         weight_decay: >= 0; default 1e-4, the paper's.
         clip: Bound on the gradient's norm, > 0; default 1.
@@ -126,7 +129,7 @@ def train_smooth_lora(
         >>> train_smooth_lora(Net(), batches, scheduler, steps=4, config=smooth_lora_config(2, ["inner"])).steps
         4
     """
-    _check(model, steps, accumulate, save_every, lr, clip, weight_decay, method)
+    _check(model, steps, accumulate, save_every, lr, clip, weight_decay, method, share)
     generator = generator or torch.Generator().manual_seed(0)
     regularizer = StepwiseVariationRegularizer() if regularizer is None else regularizer
     trained = add_lora(model, smooth_lora_config() if config is None else config, generator=generator)
@@ -134,7 +137,8 @@ def train_smooth_lora(
     regularizer.to(device).train()
     directions = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator)))
     adam = torch.optim.AdamW([p for _, p in trained], lr=lr, weight_decay=weight_decay)
-    told = json.dumps([lr, weight_decay, clip, accumulate, method, repr(regularizer), _sum_of_others(model, trained)])
+    settings = [lr, weight_decay, clip, accumulate, method, share, repr(regularizer), _sum_of_others(model, trained)]
+    told = json.dumps(settings)
     run = _Run(trained, adam, regularizer, (generator, directions), told)
     begun = 0
     folder = None if output is None else Path(output)
@@ -152,7 +156,9 @@ def train_smooth_lora(
         for step in range(begun, steps):
             error = 0.0
             for _ in range(accumulate):
-                base, extra, stats = _pass(model, next(stream), scheduler, regularizer, method, step, run.generators)
+                base, extra, stats = _pass(
+                    model, next(stream), scheduler, regularizer, method, share, step, run.generators
+                )
                 total = base if extra is None else base + extra
                 if not math.isfinite(float(total.detach())):
                     raise bad(
@@ -186,6 +192,7 @@ def _check(
     clip: float,
     weight_decay: float,
     method: str,
+    share: float,
 ) -> None:
     for name, count in (("steps", steps), ("accumulate", accumulate), ("save_every", save_every)):
         if count < 1:
@@ -196,6 +203,8 @@ def _check(
         raise bad(_WHERE, "weight_decay", ">= 0", weight_decay)
     if method not in {"vjp", "jvp", "difference"}:
         raise bad(_WHERE, "method", "'vjp', 'jvp' or 'difference'", method)
+    if not 0 < share <= 1:
+        raise bad(_WHERE, "share", "in (0, 1]", share)
     if any(p.dtype is torch.float16 for p in model.parameters()):
         raise bad(_WHERE, "model", "in float32 or bfloat16, for second derivatives overflow in float16", "float16")
 
@@ -206,6 +215,7 @@ def _pass(
     scheduler: NoiseScheduler,
     regularizer: StepwiseVariationRegularizer,
     method: str,
+    share: float,
     step: int,
     generators: tuple[torch.Generator, torch.Generator],
 ) -> tuple[Tensor, Tensor | None, VariationStats | None]:
@@ -218,31 +228,42 @@ def _pass(
     kind = prediction_type(scheduler)
     a, s = levels(scheduler, t, x0)
     due = regularizer.due(step)
+    if not due:
+        with torch.enable_grad():
+            said = ask(model, a * x0 + s * noise, t, cond, where=_WHERE)
+        return (said - target(kind, x0, noise, a, s).detach()).square().mean(), None, None
+    count = math.ceil(share * len(x0))
+    rows, rest = slice(count), slice(count, None)
     made: list[Tensor] = []
 
     def pred_x0(noise: Tensor) -> Tensor:
-        z = a * x0 + s * noise
-        made.append(ask(model, z, t, cond, where=_WHERE))
-        return predict_x0(made[-1], z, t, scheduler)
+        z = a[rows] * x0[rows] + s[rows] * noise
+        made.append(ask(model, z, t[rows], _of(cond, rows, len(x0)), where=_WHERE))
+        return predict_x0(made[-1], z, t[rows], scheduler)
 
-    alphas = (a.square() / (a.square() + s.square())).flatten()
-    with sdpa_kernel(SDPBackend.MATH) if due and method != "difference" else nullcontext():
-        extra: Tensor | None = None
-        stats: VariationStats | None = None
-        if not due:
-            with torch.enable_grad():
-                said = ask(model, a * x0 + s * noise, t, cond, where=_WHERE)
-        elif method == "vjp":
-            noise.requires_grad_()
-            x0hat = pred_x0(noise)
-            extra, stats = regularizer(x0hat, noise, alphas, generator=generators[1])
-            said = made[0]
+    alphas = (a.square() / (a.square() + s.square())).flatten()[rows]
+    probed = noise[rows].clone()
+    with sdpa_kernel(SDPBackend.MATH) if method != "difference" else nullcontext():
+        if method == "vjp":
+            probed.requires_grad_()
+            x0hat = pred_x0(probed)
+            extra, stats = regularizer(x0hat, probed, alphas, generator=generators[1])
         else:
             distance = None if method == "jvp" else 0.1
-            _, extra, stats = regularizer.along(pred_x0, noise, alphas, step=distance, generator=generators[1])
-            said = made[0] if method == "difference" else ask(model, a * x0 + s * noise, t, cond, where=_WHERE)
+            _, extra, stats = regularizer.along(pred_x0, probed, alphas, step=distance, generator=generators[1])
+            if method == "jvp":  # what it said was inside the transform
+                pred_x0(probed)
+    said = made[-1] if method == "jvp" else made[0]
+    if count < len(x0):
+        z = (a * x0 + s * noise)[rest]
+        said = torch.cat([said, ask(model, z, t[rest], _of(cond, rest, len(x0)), where=_WHERE)])
     base = (said - target(kind, x0, noise, a, s).detach()).square().mean()
     return base, extra, stats
+
+
+def _of(cond: Mapping[str, object], rows: slice, size: int) -> dict[str, object]:
+    """Return some samples' conditions: of every tensor that has a row for each of them, these rows."""
+    return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == size else v for k, v in cond.items()}
 
 
 def _sum_of_others(model: nn.Module, trained: list[tuple[str, nn.Parameter]]) -> float:

@@ -276,8 +276,8 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, s
     return sums
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one safetensors file, a tensor at a time: no second copy of the model in memory.
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Write one safetensors file, a tensor at a time: no second copy of the model in memory, the same bytes every time.
 
     Returns:
         The checksum of each tensor.
@@ -287,7 +287,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
     # Whole cache lines first, then by width: mapped matrices lie aligned, as allocated ones do, and give the same bits.
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % 64 > 0, -tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name in names:
         tensor = tensors[name]

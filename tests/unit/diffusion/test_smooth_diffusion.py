@@ -88,6 +88,24 @@ def test_training_moves_the_adapter_and_nothing_else(method):
     assert [t[0] for t in told] == [1, 2, 3, 4, 5, 6] and "variation" in str(run)
 
 
+@pytest.mark.parametrize("method", ["vjp", "jvp", "difference"])
+def test_a_part_of_a_batch_may_be_regularized(method):
+    class Counted(Net):
+        def forward(self, z, t, label=None):
+            sizes.append(len(z))
+            assert len(label) == len(z) == len(t)
+            return super().forward(z, t, label)
+
+    sizes: list[int] = []
+    whole = train(Net(), method=method, steps=1)
+    part = train(Counted(), method=method, steps=1, share=0.3)  # 3 of 8
+    assert sizes == [3, 5] if method == "vjp" else set(sizes) == {3, 5}
+    assert part.losses[0] == pytest.approx(whole.losses[0], rel=1e-6)  # the error is of all rows
+    if method == "vjp":
+        full = train(Net(), method=method, steps=1, share=1.0)
+        assert full.losses == whole.losses and full.variations == whole.variations != part.variations
+
+
 def test_an_adapter_that_did_not_train_changes_nothing_and_merges():
     net, z, t = Net().eval(), torch.randn(5, 8), torch.arange(5)
     plain = net(z, t)
@@ -206,6 +224,8 @@ def test_saved_adapters_load_and_foreign_files_are_refused(tmp_path):
         ({"steps": 0}, "`steps` must be at least 1; got 0"),
         ({"accumulate": 0}, "`accumulate` must be at least 1; got 0"),
         ({"save_every": 0}, "`save_every` must be at least 1; got 0"),
+        ({"share": 0}, "`share` must be in (0, 1]; got 0"),
+        ({"share": 1.1}, "`share` must be in (0, 1]; got 1.1"),
         ({"lr": 0}, "`lr and clip` must be > 0"),
         ({"weight_decay": -1}, "`weight_decay` must be >= 0; got -1"),
         ({"method": "forward"}, "`method` must be 'vjp', 'jvp' or 'difference'; got 'forward'"),
