@@ -59,6 +59,7 @@ def test_one_scale_a_tensor_is_the_largest_of_its_rows():
         (lambda: format_from_dict({"kind": ["Dual"]}), "`description`"),
     ],
 )
+@pytest.mark.refuses
 def test_ranges_that_cannot_be_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()

@@ -96,7 +96,7 @@ def ask(model: Denoiser, sample: Tensor, t: Tensor | float, cond: Cond = None, *
 
 
 def guided(
-    model: Denoiser, sample: Tensor, t: Tensor | float, cond: Cond, null_cond: Cond, scale: float, *, where: str
+    model: Denoiser, sample: Tensor, t: Tensor | float, cond: Cond, null_cond: Cond, scale: int | float, *, where: str
 ) -> Tensor:
     """Return the prediction under classifier-free guidance; scale 1 asks once."""
     made = ask(model, sample, t, cond, where=where)

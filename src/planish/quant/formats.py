@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from planish._support import bad
@@ -35,9 +35,9 @@ class QTensor:
     """A quantized tensor as a value: integer codes, the scales of their groups, and the format that reads them.
 
     Attributes:
-        codes: Unsigned codes, one byte each, in the tensor's own shape.
-        scale: Scales, (*rows, G).
-        zero: Code that stands for zero, (*rows, G); None where the format fixes it.
+        codes: Codes in the tensor's own shape, unsigned and one byte each; of two bytes where they have nine bits.
+        scale: Scales, (*rows, G); (G,) where all rows share them.
+        zero: Code that stands for zero, as the scales; None where the format fixes it.
         format: The format that made it.
 
     Example:
@@ -46,9 +46,9 @@ class QTensor:
         ([[0, 15, 0, 15]], torch.Size([1, 2]), [[0.0, 15.0, -7.0, 8.0]])
     """
 
-    codes: UInt8[Tensor, "*rows channels"]
-    scale: Float[Tensor, "*rows groups"]
-    zero: UInt8[Tensor, "*rows groups"] | None
+    codes: Integer[Tensor, "*rows channels"]
+    scale: Float[Tensor, "*scales groups"]
+    zero: UInt8[Tensor, "*scales groups"] | None
     format: "Format"
 
     @property
