@@ -10,8 +10,8 @@ which loads on first touch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from planish.graphs.adjacency import as_adjacency, knn_graph, laplacian, to_edges
 from planish.graphs.chebconv import ChebCascadeConv, ChebNet
-from planish.graphs.laplacian import as_adjacency, knn_graph, laplacian, to_edges
 from planish.graphs.masks import forecast_mask, hide, random_mask, snapshot_mask
 from planish.graphs.prior import SmoothnessPrior, find_period, learn_prior
 from planish.graphs.recovery import graph_trss, interpolate_neighbours, tikhonov

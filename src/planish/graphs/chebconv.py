@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from planish._support import bad
-from planish.graphs.laplacian import degrees, scaled_adjacency
+from planish.graphs.adjacency import degrees, scaled_adjacency
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu, "elu": nn.functional.elu, "tanh": torch.tanh, "linear": lambda x: x,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from planish._support import PlanishWarning, bad, require
-from planish.graphs.laplacian import as_adjacency, degrees, knn_graph, laplacian
+from planish.graphs.adjacency import as_adjacency, degrees, knn_graph, laplacian
 from planish.graphs.masks import hide
 from planish.graphs.prior import SmoothnessPrior, find_period, learn_prior
 from planish.graphs.recovery import graph_trss, interpolate_neighbours

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from planish._support import NotConverged, bad
-from planish.graphs.laplacian import as_adjacency
+from planish.graphs.adjacency import as_adjacency
 from planish.graphs.sobolev import LaplacianPower
 from planish.graphs.time import cosines, frequencies, from_cosines, interpolate_time, second_difference
 
