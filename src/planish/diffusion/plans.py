@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from planish._support import CheckpointError, bad
 from planish.diffusion.correction import ChannelMap
 from planish.diffusion.grouping import check_schedule, steps_mask
+from planish.quant.files import write_shard
 
 _KIND, _VERSION = "planish cache plan", 1
 
@@ -99,7 +99,7 @@ class CachePlan:
         }  # fmt: skip
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, {"format": _KIND, "version": str(_VERSION), "plan": json.dumps(record)})
+        write_shard(partial, tensors, {"format": _KIND, "version": str(_VERSION), "plan": json.dumps(record)})
         partial.replace(path)
 
     @classmethod
