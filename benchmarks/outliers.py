@@ -112,9 +112,50 @@ def _scored(
     return line, scores
 
 
+RIVALS = {
+    "llm-compressor spinquant": "spinquant",
+    "llm-compressor spinquant + gptq": "spinquant, gptq",
+    "llm-compressor quip + gptq": "quip, gptq",
+    "auto-round hadamard": "hadamard",
+}
+"""Names of rows to methods of `benchmarks.rivals.rotated`."""
+
+
+def _rival(
+    name: str, calibration: data.Windows, evaluation: data.Windows, *, fresh: bool
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Let a rival quantize and score itself in its own environment, or return what is kept of that.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    path = data.language_model()
+    driver = subjects.Subject("benchmarks.rivals.rotated", RIVALS[name])
+    what = {"method": RIVALS[name], "calibration": calibration.fingerprint, "evaluation": evaluation.fingerprint}
+    what |= {"weights": data.fingerprint(path), "sources": subjects._sources(driver)}
+    key = sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    folder = data.cache_dir() / "benchmarks"
+    line_path, score_path = folder / f"outliers-{key}.json", folder / f"outliers-{key}.safetensors"
+    if not fresh and line_path.exists() and score_path.exists():
+        return json.loads(line_path.read_text())["line"], load_file(score_path)
+    logger.info("%s: %s", CASE, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens, partial = folder / f"outliers-{key}.tokens", score_path.with_suffix(".partial")
+    save_file({"input_ids": calibration.ids.contiguous(), "evaluation": evaluation.ids.contiguous()}, tokens)
+    options = ("--method", driver.method, "--model", path, "--tokens", tokens, "--out", partial)
+    try:
+        line = subjects.launch(driver, options, about=CASE)
+    finally:
+        tokens.unlink(missing_ok=True)
+    partial.replace(score_path)
+    write_json(line_path, {"what": what, "line": line})
+    return line, load_file(score_path)
+
+
 def rows(
     quick: bool,
     *,
+    against: tuple[str, ...] | None = None,
     only: tuple[str, ...] | None = None,
     fresh: bool = False,
     skipped: dict[str, str] | None = None,
@@ -124,10 +165,12 @@ def rows(
 
     Args:
         quick: Few tokens, few recipes: that it runs, not what it says.
-        only: Only the recipes with these names, and float; None for all.
+        against: Only rivals whose name holds one of these; None for all.
+        only: Only the recipes and rivals with these names, and float; None for all.
         fresh: Do not use what an earlier run left in the cache.
-        skipped: Unused: every recipe can enter.
+        skipped: Filled with who could not run, and why.
     """
+    skipped = {} if skipped is None else skipped
     size = QUICK if quick else FULL
     path = data.language_model()
     calibration = data.windows(path, *size.calibration, evaluation=False)
@@ -137,8 +180,16 @@ def rows(
     methods |= {name: make() for name, make in recipes().items() if wanted is None or name in wanted}
     note = f"calibrated on {calibration.source}; scored on {evaluation.source}"
     results: dict[str, dict[str, Tensor]] = {}
-    for name, method in methods.items():
-        line, scores = _scored(name, method, size, calibration, evaluation, fresh=fresh)
+    rivals = [name for name in RIVALS if _enters(name, wanted if only else None, against, quick=quick, skipped=skipped)]
+    for name in (*methods, *rivals):
+        try:
+            if name in methods:
+                line, scores = _scored(name, methods[name], size, calibration, evaluation, fresh=fresh)
+            else:
+                line, scores = _rival(name, calibration, evaluation, fresh=fresh)
+        except RuntimeError as error:  # one that fails is told of, and does not lose the others' hours
+            skipped[name] = str(error)
+            continue
         results[name] = scores
         for metric, values in scores.items():
             found = quality.bootstrap(values)
@@ -146,7 +197,7 @@ def rows(
                 ppl = [math.exp(v) for v in (found.value, found.low, found.high)]
                 yield Row(CASE, name, "perplexity", ppl[0], "", None, ppl[1], ppl[2], note)
             yield Row(CASE, name, metric, found.value, _UNITS[metric], None, found.low, found.high, note)
-        if method is not None:
+        if name != "float":
             yield Row(CASE, name, "quantizing", line["seconds"], "s")
     for metric, baseline in COMPARED:
         for name in results:
@@ -154,6 +205,20 @@ def rows(
                 continue
             found = quality.bootstrap(results[name][metric] - results[baseline][metric])
             yield Row(CASE, name, f"{metric} difference", found.value, "nats/token", baseline, found.low, found.high)
+
+
+def _enters(
+    name: str, only: tuple[str, ...] | None, against: tuple[str, ...] | None, *, quick: bool, skipped: dict[str, str]
+) -> bool:
+    """Say whether a rival is wanted and can run."""
+    if quick or (only is not None and name not in only):
+        return False
+    if against is not None and not any(part in name for part in against):
+        return False
+    if subjects.interpreter(subjects.Subject("benchmarks.rivals.rotated", "")) is None:
+        skipped[name] = "the rivals' environment is not there; build it with `make rivals`"
+        return False
+    return True
 
 
 _UNITS = {"nll": "nats/token", "kl": "nats/token", "top1": "share", "hidden": "relative MSE"}

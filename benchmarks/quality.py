@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.predictions import CHUNK, token_scores
 from planish.quant.intervals import Estimate
-
-CHUNK = 256
 
 
 def bootstrap(values: Tensor, resamples: int = 10_000) -> Estimate:
@@ -59,17 +58,10 @@ def language_scores(model: nn.Module, ids: Tensor, float_hidden: Tensor) -> dict
     columns: dict[str, list[Tensor]] = {"nll": [], "kl": [], "top1": [], "hidden": []}
     for row, reference in zip(ids, float_hidden, strict=True):
         hidden = hidden_states(model, row[None])[0]
-        nll, kl, same = [], [], []
-        for start in range(0, len(row) - 1, CHUNK):
-            stop = min(start + CHUNK, len(row) - 1)
-            q = F.log_softmax(head(hidden[start:stop]), dim=-1)
-            p = F.log_softmax(head(reference[start:stop]), dim=-1)
-            nll.append(F.nll_loss(q, row[start + 1 : stop + 1], reduction="none"))
-            kl.append(F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1))
-            same.append((q.argmax(dim=-1) == p.argmax(dim=-1)).float())
-        columns["nll"].append(torch.cat(nll).double().mean())
-        columns["kl"].append(torch.cat(kl).double().mean())
-        columns["top1"].append(torch.cat(same).double().mean())
+        chunks = zip(reference[:-1].split(CHUNK), hidden[:-1].split(CHUNK), row[1:].split(CHUNK), strict=True)
+        parts = [token_scores(head(p), head(q), targets) for p, q, targets in chunks]
+        for name in ("nll", "kl", "top1"):
+            columns[name].append(torch.cat([part[name] for part in parts]).double().mean())
         columns["hidden"].append((hidden - reference).double().square().sum() / reference.double().square().sum())
     return {name: torch.stack(column) for name, column in columns.items()}
 

@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -121,16 +121,25 @@ def run(
     Raises:
         RuntimeError: The driver failed; the message ends with what it said last.
     """
-    command = [str(interpreter(subject)), "-m", subject.driver, "--method", subject.method]
-    command += ["--model", str(model), "--tokens", str(tokens), "--bits", str(case.bits)]
-    command += ["--group-size", str(case.group_size or 0), "--iters", str(subject.iters), "--threads", str(threads)]
-    command += ["--symmetric"] if subject.symmetric else []
-    command += ["--out", str(out)] if out else []
+    options = ["--method", subject.method, "--model", model, "--tokens", tokens, "--bits", case.bits]
+    options += ["--group-size", case.group_size or 0, "--iters", subject.iters, "--threads", threads]
+    options += ["--symmetric"] if subject.symmetric else []
+    options += ["--out", out] if out else []
+    return launch(subject, options, about=case.name)
+
+
+def launch(subject: Subject, options: Sequence[object], *, about: str) -> dict[str, Any]:
+    """Run a subject's driver with these options in its own environment and return the line it printed.
+
+    Raises:
+        RuntimeError: The driver failed; the message ends with what it said last.
+    """
+    command = [str(interpreter(subject)), "-m", subject.driver, *map(str, options)]
     environment = os.environ | REUSE_MEMORY | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise RuntimeError(f"run: {subject.driver} {subject.method} on {case.name} failed:\n{last}")
+        raise RuntimeError(f"run: {subject.driver} {subject.method} on {about} failed:\n{last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

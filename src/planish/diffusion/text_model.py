@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from planish._support import CheckpointError, bad
 from planish.diffusion.folders import written
+from planish.quant.files import write_shard
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
@@ -267,7 +268,7 @@ class TextDiffusionModel(nn.Module):
                 "TextDiffusionModel: the model was quantized; write it by planish.save.", "unsupported"
             )
         with written(Path(folder) / _WEIGHTS) as path:
-            save_file(state, path)
+            write_shard(path, state)
         with written(Path(folder) / _CONFIG) as path:
             path.write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
 

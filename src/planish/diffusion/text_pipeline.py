@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from planish._support import CheckpointError, bad, require, warn_once
@@ -18,6 +18,7 @@ from planish.diffusion.smoothie import SmoothieScheduler
 from planish.diffusion.symbols import SymbolTokenizer
 from planish.diffusion.text_model import TextDiffusionModel
 from planish.diffusion.text_schedulers import EmbeddingGaussianScheduler, SimplexScheduler, TextScheduler
+from planish.quant.files import write_shard
 
 _SCHEDULERS = {s.__name__: s for s in (SmoothieScheduler, EmbeddingGaussianScheduler, SimplexScheduler)}
 
@@ -221,7 +222,7 @@ class TextDiffusionPipeline:
             self.model.save_pretrained(partial / "model")
             self.scheduler.save_pretrained(partial / "scheduler")
             tensors = {"weight": self.space.weight.contiguous(), "ignored": self.space.ignored}
-            save_file(tensors, partial / "space.safetensors")
+            write_shard(partial / "space.safetensors", tensors)
             kinds = {}
             tokenizers = {"tokenizer": self.tokenizer, "source_tokenizer": self.source_tokenizer}
             if self.source_tokenizer is self.tokenizer:

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from planish._support import CheckpointError, bad
 from planish.diffusion.folders import written
 from planish.diffusion.text_model import TextDiffusionModel
 from planish.diffusion.text_schedulers import TextScheduler
+from planish.quant.files import write_shard
 
 _LEAST_TIME = 1e-5
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -77,7 +77,7 @@ class _Run:
             tensors |= {f"weight.{name}": p.detach(), f"average.{name}": self.average[name]}
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
         with written(path) as partial:
-            save_file(tensors, partial, {"step": str(self.step), "settings": settings})
+            write_shard(partial, tensors, {"step": str(self.step), "settings": settings})
 
     def load(self, path: Path, generator: torch.Generator, settings: str) -> None:
         try:
