@@ -9,7 +9,7 @@ from torch import nn
 from planish.quant import QConv, QLinear, quantize, rtn, svdquant
 from planish.quant.engine import Walk
 from planish.quant.moments import Moments
-from planish.quant.stream import find_blocks
+from planish.quant.stacks import find_blocks
 
 diffusers = pytest.importorskip("diffusers")
 

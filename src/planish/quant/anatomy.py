@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.quant.layers import QLinear
-from planish.quant.stream import find_blocks
+from planish.quant.stacks import find_blocks
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

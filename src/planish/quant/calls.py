@@ -1,7 +1,7 @@
 """What a module is called with: arguments by name, moved and compared, whatever containers they come in."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,3 +83,23 @@ def row_set(x: Tensor) -> set[bytes]:
     """Return the rows of a tensor as bytes."""
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous().cpu().view(torch.uint8).numpy()
     return {row.tobytes() for row in rows}
+
+
+def rows(batch: Any) -> Iterator[Any]:  # noqa: ANN401  (whatever the model takes)
+    """Yield the rows of a batch as batches of one: the windows."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
+    lengths = {len(v) for v in values if isinstance(v, Tensor) and v.ndim}
+    if len(lengths) != 1:
+        yield batch
+        return
+
+    def part(value: Any, i: int) -> Any:  # noqa: ANN401
+        return value[i : i + 1] if isinstance(value, Tensor) and value.ndim else value
+
+    for i in range(lengths.pop()):
+        if isinstance(batch, Mapping):
+            yield {name: part(value, i) for name, value in batch.items()}
+        elif isinstance(batch, tuple | list):
+            yield tuple(part(value, i) for value in batch)
+        else:
+            yield part(batch, i)

@@ -5,8 +5,7 @@ go. The result is the same as quantizing and running the whole model once a cand
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from planish._support import bad
 from planish.quant.engine import Method, Walk, trial
+from planish.quant.heads import before_head
 from planish.quant.moments import measure
 from planish.quant.stream import Stream, first_tensor
 
@@ -103,8 +103,8 @@ def compare(
         with stream.looking(index, clean) as block:
             sites = walk.sites(block)
             clean = measure(block, sites)
-            for candidate, hidden in list(states.items()) if index > done else []:
-                states[candidate] = trial(block, sites, hidden, methods[candidate])
+            for candidate in list(states) if index > done else []:
+                states[candidate] = trial(block, sites, states[candidate], methods[candidate])
         if index <= done:
             continue
         if drop is not None and index < len(stream.modules) - 1:
@@ -114,83 +114,74 @@ def compare(
         if journal and not stream.whole:
             journal.pause(key, index, states)
         walk.progress(stage, index + 1, len(stream.modules))
-    losses = [math.inf] * len(methods)
-    for candidate, hidden in states.items():
-        losses[candidate] = loss(stream, clean, hidden, objective)
+    found = [math.inf] * len(methods)
+    for candidate, value in zip(states, losses(stream, clean, list(states.values()), objective), strict=True):
+        found[candidate] = value
     if journal:
-        journal.remember(key, losses)
+        journal.remember(key, found)
         journal.drop(key)
-    return Choice(tuple(losses), min(range(len(losses)), key=losses.__getitem__), objective)
+    return Choice(tuple(found), min(range(len(found)), key=found.__getitem__), objective)
 
 
 def loss(stream: Stream, clean: list[Any], hidden: list[Any], objective: str) -> float:
-    """Return how far the model is from its float self, given what leaves the last block in both.
+    """Return how far one quantized model is from its float self; see `losses`."""
+    return losses(stream, clean, [hidden], objective)[0]
+
+
+def losses(stream: Stream, clean: list[Any], hidden: Sequence[list[Any]], objective: str) -> list[float]:
+    """Return how far models are from their float self, given what leaves the last block in each.
 
     Args:
         stream: The model and its batches.
         clean: Hidden states of the float model after the last block, one a batch.
-        hidden: Those of the quantized model.
+        hidden: For each quantized model the same.
         objective: See `search`.
 
     Returns:
-        The loss, a mean over tokens (and channels for "hidden_mse").
+        Each one's loss, a mean over tokens (and channels for "hidden_mse").
     """
-    total, count = 0.0, 0
-    if objective == "hidden_mse":
-        for p, q in zip(_features(stream, clean), _features(stream, hidden), strict=True):
-            total, count = total + (q.float() - p.float()).square().sum().item(), count + p.numel()
-        return total / count
-    for number, (p, q) in enumerate(zip(stream.outputs(clean), stream.outputs(hidden), strict=True)):
-        new, rows = _token_loss(first_tensor(p), first_tensor(q), stream.batches[number], objective)
-        total, count = total + new, count + rows
-    return total / count
+    totals, count = [0.0] * len(hidden), 0
+    for number, state in enumerate(clean):
+        states = (state, *(each[number] for each in hidden))
+        whole = [(stream.batches[number], states)]
+        for batch, (p, *others) in whole if objective == "hidden_mse" else stream.pieces(number, *states):
+            aim = None if objective == "nll" else _answer(stream, number, batch, p, objective)
+            amount = 0
+            for i, q in enumerate(others):
+                new, amount = _token_loss(aim, _answer(stream, number, batch, q, objective), batch, objective)
+                totals[i] += new
+            count += amount
+    return [total / count for total in totals]
 
 
-def _token_loss(clean: Tensor, hidden: Tensor, batch: Any, objective: str) -> tuple[float, int]:  # noqa: ANN401
-    """Sum over tokens, and their number, of one batch's logits; a few hundred rows at a time."""
-    if clean.ndim != 3:
+def _answer(stream: Stream, number: int, batch: Any, state: Any, objective: str) -> Tensor:  # noqa: ANN401
+    """Return what a loss looks at: logits, or for "hidden_mse" what enters the head, the output where there is none."""
+    if objective != "hidden_mse" or stream.whole:
+        return first_tensor(stream.output(number, batch, state))
+    output = None
+    with before_head(stream.model) as seen:
+        output = stream.output(number, batch, state)
+    return seen[0] if seen else first_tensor(output)
+
+
+def _token_loss(aim: Tensor | None, found: Tensor, batch: Any, objective: str) -> tuple[float, int]:  # noqa: ANN401
+    """Sum over tokens, and their number (of numbers for "hidden_mse"); logits a few hundred rows at a time."""
+    if objective == "hidden_mse" and aim is not None:
+        return (found.float() - aim.float()).square().sum().item(), found.numel()
+    if found.ndim != 3:
         raise bad("search", "objective", "'hidden_mse' for a model that returns no logits", objective)
-    if objective == "kl":
-        total = 0.0
-        for p, q in zip(clean.flatten(0, 1).split(256), hidden.flatten(0, 1).split(256), strict=True):
+    total = 0.0
+    if aim is not None:
+        for p, q in zip(aim.flatten(0, 1).split(256), found.flatten(0, 1).split(256), strict=True):
             log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
             total += nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
-        return total, clean.shape[0] * clean.shape[1]
-    ids = batch["input_ids"] if isinstance(batch, dict) else batch if isinstance(batch, Tensor) else batch[0]
-    targets = ids[:, 1:].reshape(-1).to(hidden.device)
-    logits = hidden[:, :-1].flatten(0, 1)
-    total = 0.0
+        return total, found.shape[0] * found.shape[1]
+    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
+    targets = ids[:, 1:].reshape(-1).to(found.device)
+    logits = found[:, :-1].flatten(0, 1)
     for rows, wanted in zip(logits.split(256), targets.split(256), strict=True):
         total += nn.functional.cross_entropy(rows.float(), wanted, reduction="sum").item()
     return total, targets.numel()
-
-
-class _HeadReachedError(Exception):
-    """Raised before the output head runs: what enters it is all that is wanted."""
-
-
-def _features(stream: Stream, hidden: list[Any]) -> Iterator[Tensor]:
-    """Yield, for each batch, what enters the output head; the output where there is no head."""
-    find: Callable[[], nn.Module | None] | None = getattr(stream.model, "get_output_embeddings", None)
-    head = find() if find else None
-    if head is None or stream.whole:
-        for output in stream.outputs(hidden):
-            yield first_tensor(output)
-        return
-    seen: list[Tensor] = []
-
-    def catch(_m: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        raise _HeadReachedError
-
-    for number in range(len(hidden)):
-        handle = head.register_forward_pre_hook(catch)  # for this call only: two of these generators run side by side
-        try:
-            with suppress(_HeadReachedError):
-                next(stream.outputs(hidden, only=number))
-        finally:
-            handle.remove()
-        yield seen.pop()
 
 
 def _squared(hidden: list[Any], clean: list[Any]) -> float:

@@ -29,7 +29,8 @@ from planish.quant.report import BlockReport, Report
 from planish.quant.rounding import Nearest
 from planish.quant.sites import Site, find_sites, rebind, set_weight, weight_of
 from planish.quant.snapshot import Snapshot, own
-from planish.quant.stream import Block, Stream, Weights, find_stacks, tensors_in
+from planish.quant.stacks import find_stacks
+from planish.quant.stream import Block, Stream, Weights, tensors_in
 from planish.quant.transforms import Transform
 
 logger = logging.getLogger("planish")

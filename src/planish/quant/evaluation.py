@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from planish._support import bad
 from planish.metrics import CalibrationAssessment
+from planish.quant.calls import rows
 from planish.quant.intervals import Estimate
 from planish.quant.report import model_bytes
-from planish.quant.scores import Tally, predicts_next, rows
+from planish.quant.scores import Tally, predicts_next
 
 Progress = Callable[[str, int, int], None]
 

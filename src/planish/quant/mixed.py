@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from planish._support import bad
-from planish.quant.candidates import OBJECTIVES, compare, loss
+from planish.quant.candidates import OBJECTIVES, compare, losses
 from planish.quant.engine import Method, Walk, trial
 from planish.quant.formats import Affine, QTensor, affine
 from planish.quant.moments import measure
@@ -286,8 +286,8 @@ class SearchBits:
                     amounts.append(sum(w.numel() for w in site.weights.values()))
                 clean = after
             walk.progress("search bits", index + 1, len(stream.modules))
-        losses = [loss(stream, clean, hidden, self._judge(walk)) for hidden in states]
-        found = {"names": names, "amounts": amounts, "losses": [max(x, 0.0) for x in losses]}
+        lost = losses(stream, clean, states, self._judge(walk))
+        found = {"names": names, "amounts": amounts, "losses": [max(x, 0.0) for x in lost]}
         if walk.journal:
             walk.journal.remember(key, copy.deepcopy(found))
         return found

@@ -14,7 +14,8 @@ from planish.quant.budget import Part
 from planish.quant.formats import Affine
 from planish.quant.noise import NoiseProxy, best_alpha
 from planish.quant.sites import stays_float
-from planish.quant.stream import call_model, find_stacks
+from planish.quant.stacks import find_stacks
+from planish.quant.stream import call_model
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Call = tuple[Tensor, Tensor]

@@ -1,7 +1,7 @@
 """What one window of text says about a model: sums from which `evaluate` makes its figures."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -13,26 +13,6 @@ from planish.quant.intervals import Estimate, Resamples
 from planish.quant.stream import call_model, first_tensor
 
 CHUNK = 128  # tokens whose probabilities over the whole vocabulary are held at a time
-
-
-def rows(batch: Any) -> Iterator[Any]:  # noqa: ANN401  (whatever the model takes)
-    """Yield the rows of a batch as batches of one: the windows."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
-    lengths = {len(v) for v in values if isinstance(v, Tensor) and v.ndim}
-    if len(lengths) != 1:
-        yield batch
-        return
-
-    def part(value: Any, i: int) -> Any:  # noqa: ANN401
-        return value[i : i + 1] if isinstance(value, Tensor) and value.ndim else value
-
-    for i in range(lengths.pop()):
-        if isinstance(batch, Mapping):
-            yield {name: part(value, i) for name, value in batch.items()}
-        elif isinstance(batch, tuple | list):
-            yield tuple(part(value, i) for value in batch)
-        else:
-            yield part(batch, i)
 
 
 def token_ids(window: Any) -> Int[Tensor, "1 tokens"] | None:  # noqa: ANN401

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from planish._support import bad, logger
-from planish.quant.calls import by_name, equal, first_parameter, moved_to, token_mask
+from planish.quant.calls import by_name, equal, first_parameter, moved_to, rows, token_mask
+from planish.quant.heads import before_head
 from planish.quant.precision import restore, widen
+from planish.quant.stacks import find_blocks, find_stacks
 
 
 @runtime_checkable
@@ -167,7 +169,8 @@ class Stream:
             def record(index: int, bound: dict[str, Any], before: list[Any] = hidden) -> Any:  # noqa: ANN401
                 return self._record(index, bound, before)
 
-            with self._answering(count - 1), self._replaced(record), suppress(_EnoughError):
+            # The head is not run: its answer is of no interest, and is often larger than all else.
+            with self._answering(count - 1), self._replaced(record), before_head(self.model), suppress(_EnoughError):
                 call_model(self.model, moved_to(batch, self.device))
             if any(len(calls) != count for calls in self.contexts):
                 raise _NotAChainError(f"not every one of the blocks {self.names[0]} ... runs")
@@ -254,16 +257,30 @@ class Stream:
             self.weights.release(self.modules[index], self.names[index])
 
     @torch.no_grad()
-    def outputs(self, hidden: list[Tensor], only: int | None = None) -> Iterator[Any]:
-        """Yield the model's output for each batch (or for one of them), given what leaves the last block."""
+    def outputs(self, hidden: list[Tensor]) -> Iterator[Any]:
+        """Yield the model's output for each batch, given what leaves the last block."""
         for number, (batch, state) in enumerate(zip(self.batches, hidden, strict=True)):
-            if only is not None and number != only:
-                continue
-            if self.whole:
-                yield state
-                continue
-            with self._answering(number), self._replaced(self._answer(state)):
-                yield call_model(self.model, moved_to(batch, self.device))
+            yield self.output(number, batch, state)
+
+    @torch.no_grad()
+    def output(self, number: int, batch: Any, state: Any) -> Any:  # noqa: ANN401
+        """Return the model's output for batch `number`, or for some of its rows, given what leaves the last block."""
+        if self.whole:
+            return state
+        with self._answering(number), self._replaced(self._answer(state)):
+            return call_model(self.model, moved_to(batch, self.device))
+
+    def pieces(self, number: int, *states: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:  # noqa: ANN401
+        """Yield the rows of a batch with their rows of `states`, where it can be cut; else all of it at once.
+
+        Logits of a few thousand tokens take more memory than all else: nobody needs more than a row's at a time.
+        """
+        batch = self.batches[number]
+        cut = [] if self.whole or self.before or self._returns_more else list(rows(batch))
+        if len(cut) > 1 and all(state.ndim > 2 and len(state) == len(cut) for state in states):
+            yield from ((row, tuple(state[i : i + 1] for state in states)) for i, row in enumerate(cut))
+        else:
+            yield batch, states
 
     @contextmanager
     def _answering(self, number: int) -> Iterator[None]:
@@ -283,67 +300,12 @@ class Stream:
         return answer
 
 
-_NEARLY_ALL = 0.95
-
-
 class _EnoughError(Exception):
     """Raised by the last recorder of a stack: what follows it is of no interest now."""
 
 
 class _NotAChainError(Exception):
     """Raised while recording, where blocks do not feed one another in order: experts, heads, layers that are shared."""
-
-
-def find_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
-    """Return names and modules of the heaviest list of equal blocks, or the model itself.
-
-    A denoiser whose weights are spread over several lists (a U-Net's levels, two kinds of blocks) is one block: all of
-    it is to be quantized, not its largest part.
-
-    Example:
-        >>> import torch
-        >>> find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))[0]
-        ['']
-    """
-    lists = _lists(model)
-    if not lists:
-        return [""], [model]
-    most, name, blocks = max(lists, key=lambda item: item[0])
-    outer = [size for size, n, _ in lists if not any(n.startswith(f"{other}.") for _, other, _ in lists)]
-    if _is_denoiser(model) and most < _NEARLY_ALL * sum(outer):
-        return [""], [model]
-    return [f"{name}.{i}" for i in range(len(blocks))], list(blocks)
-
-
-def _is_denoiser(model: nn.Module) -> bool:
-    """Whether a model is one of diffusers', or made of one."""
-    return any(base.__module__.partition(".")[0] == "diffusers" for base in type(model).__mro__)
-
-
-def find_stacks(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
-    """Return the stacks of blocks to be walked, in order: both of an encoder-decoder, of other models the heaviest.
-
-    Example:
-        >>> import torch
-        >>> find_stacks(torch.nn.Sequential(torch.nn.Linear(2, 2)))[0][0]
-        ['']
-    """
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return [find_blocks(model)]
-    lists = [(name, blocks) for _, name, blocks in _lists(model) if any(type(m) is nn.Linear for m in blocks.modules())]
-    outer = [(n, blocks) for n, blocks in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    return [([f"{n}.{i}" for i in range(len(blocks))], list(blocks)) for n, blocks in outer] or [find_blocks(model)]
-
-
-def _lists(model: nn.Module) -> list[tuple[int, str, nn.ModuleList]]:
-    """Return the lists of modules of one class that hold parameters, and how many."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
-            size = sum(p.numel() for p in module.parameters())
-            if size and not all(isinstance(m, nn.Linear) for m in module):
-                found.append((size, name, module))
-    return found
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from planish.quant import Journal, assemble, best, load, open_model, quantize, rtn, save, smoothquant_plus
-from planish.quant.stream import Stream, find_stacks
+from planish.quant.stacks import find_stacks
+from planish.quant.stream import Stream
 
 hf = pytest.importorskip("transformers")
 KINDS = {

@@ -21,7 +21,8 @@ from planish.quant.moments import Moments, gram, measure
 from planish.quant.report import BlockReport, Report, model_bytes
 from planish.quant.rounding import Clip, ClipOutput, Nearest, best_limits, uncorrelated
 from planish.quant.sites import find_sites, rebind, weight_of
-from planish.quant.stream import Stream, find_blocks, first_tensor
+from planish.quant.stacks import find_blocks
+from planish.quant.stream import Stream, first_tensor
 from planish.quant.transforms import Scale, Shift
 
 nets = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "plain_nets.py")))
