@@ -82,13 +82,12 @@ def negligible(a: Tensor) -> float:
     return max(a.shape[-1], 16) * torch.finfo(a.dtype).eps
 
 
-def _divided(g: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+def divided(g: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     """Solve in the eigenbasis of X; a sum of eigenvalues that cannot be told from zero divides nothing."""
     pairs = values[..., :, None] + values[..., None, :]
     # what rounding leaves of a zero in A = X^2 has a root of this size
     least = negligible(vectors) ** 0.5 * values.amax(-1)[..., None, None]
-    weights = torch.where(pairs > least, pairs, torch.inf).reciprocal()
-    return vectors @ ((vectors.mH @ g @ vectors) * weights) @ vectors.mH
+    return vectors @ ((vectors.mH @ g @ vectors) / pairs.masked_fill_(pairs <= least, torch.inf)) @ vectors.mH
 
 
 def _iterated(x: Tensor, g: Tensor, steps: Steps, even: bool) -> Tensor:
@@ -128,7 +127,7 @@ class _Solve(torch.autograd.Function):
         x: Tensor, g: Tensor, steps: Steps, values: Tensor | None, vectors: Tensor | None, even: bool
     ) -> Tensor:
         with in_full(x):
-            return _iterated(x, g, steps, even) if values is None or vectors is None else _divided(g, values, vectors)
+            return _iterated(x, g, steps, even) if values is None or vectors is None else divided(g, values, vectors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401

@@ -9,7 +9,7 @@ from torch import Tensor
 from planish._support import bad
 from planish.linalg import iterations, rational
 from planish.linalg.iterations import Pair
-from planish.linalg.lyapunov import Steps, in_full, negligible, solve
+from planish.linalg.lyapunov import Steps, divided, in_full, negligible, solve
 from planish.linalg.options import Options, Scale
 
 _SMALL = (8, 32)  # sizes at which products were quicker than the decomposition, on a CPU, forward and backward
@@ -135,10 +135,12 @@ class _Root(torch.autograd.Function):
         if ctx.by is None and values is None:
             values, vectors = torch.linalg.eigh(x.detach())
         g = (grads[0] + grads[0].mH) / 2
-        if ctx.inverse:
-            with in_full(x):
+        with in_full(x):
+            if ctx.inverse:
                 square = x @ x
                 g = -(square @ g @ square)
+            if values is not None and not torch.is_grad_enabled():  # nobody will ask for the derivative of this
+                return divided(g, values, vectors), None, None, None, None, None
         return solve(x, g, ctx.by or "auto", values, vectors, even=True), None, None, None, None, None
 
 
@@ -163,9 +165,9 @@ def _decomposed(where: str, a: Tensor, chosen: Options, lost: float, *, root: bo
     with in_full(a):
         for asked, is_inverse in ((root, False), (inverse, True)):
             scaled = sigma.reciprocal() if is_inverse else sigma
-            half = (vectors * (scaled / 2)[..., None, :]) @ vectors.mH if asked else None
             basis = (scaled, vectors) if exact else (None, None)
-            found.append(None if half is None else _hung(a, half + half.mH, is_inverse, by, *basis))
+            half = vectors * scaled.sqrt()[..., None, :]  # times its transpose: symmetric without more ado
+            found.append(_hung(a, half @ half.mH, is_inverse, by, *basis) if asked else None)
     return found[0], found[1]
 
 
