@@ -46,7 +46,10 @@ def test_the_quotients_own_gradient_is_more_accurate_than_newton_schulz(record_c
     values, vectors = torch.linalg.eigh(a)
     exact = solve_lyapunov_psd((vectors * values.sqrt()[..., None, :]) @ vectors.mT, g)
     errors = []
-    for given in ({"method": "newton_schulz", "steps": 5, "backward": "autograd"}, {"paper": True, "backward": "autograd"}):
+    for given in (
+        {"method": "newton_schulz", "steps": 5, "backward": "autograd"},
+        {"paper": True, "backward": "autograd"},
+    ):
         leaf = a.clone().requires_grad_()
         (d,) = torch.autograd.grad(matrix_sqrth(leaf, **given), leaf, g)
         errors.append(((d - exact).norm() / exact.norm()).item())
