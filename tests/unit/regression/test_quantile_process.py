@@ -197,7 +197,7 @@ def test_constant_columns_and_targets():
 
 def test_conformal_intervals_hold_what_they_promise():
     X, y = table(400)
-    poor = quick(max_iter=1, n_members=1).fit(X[:60], y[:60])  # has learnt nothing
+    poor = quick(start="random", max_iter=1, n_members=1).fit(X[:60], y[:60])  # has learnt nothing
     rest, last = slice(60, 230), slice(230, 400)
     poor.conformalize(X[rest], y[rest])
     for coverage in (0.5, 0.9):
