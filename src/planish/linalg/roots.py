@@ -81,22 +81,22 @@ def _quickest(a: Tensor, chosen: Options, inverse: bool) -> Options:
     n, tolerance, on_cpu = a.shape[-1], chosen.tolerance, a.device.type == "cpu"
     if tolerance is None or a.is_complex() or n > (_SMALL[1] if on_cpu else 256) or (on_cpu and n < _SMALL[0]):
         return exact
-    fixed = a.detach()
+    fixed, high = a.detach(), None
     if on_cpu:
-        within = rational.interval(chosen.order, tolerance, torch.finfo(a.dtype).eps, inverse=inverse)
-        if within is None:
+        found = rational.interval(chosen.order, tolerance, torch.finfo(a.dtype).eps, inverse=inverse)
+        if found is None:
             return exact
-        scale = torch.linalg.matrix_norm(fixed) / within[1]  # at least the largest eigenvalue: no need to look above
+        low = found[0]
+        scale = torch.linalg.matrix_norm(fixed) / found[1]  # at least the largest eigenvalue: no need to look above
         backward = "autograd" if chosen.backward == "auto" else chosen.backward
         quick = replace(chosen, method="mpa", whole=True, backward=backward)
-        within = within[0], None
     else:
         steps = 1 if tolerance > 1e-3 else 2
         low = rational.reach(chosen.order, steps, tolerance)
         scale = _scale(fixed, "trace")
         quick = replace(chosen, method="pade_iter", steps=steps)
-        within = low, 1 / low
-    if not _within(fixed.reshape(-1, n, n), scale.reshape(-1, 1, 1), *within):
+        high = 1 / low
+    if not _within(fixed.reshape(-1, n, n), scale.reshape(-1, 1, 1), low, high):
         return exact
     return replace(quick, scale=scale, check=False)  # there is nothing left to check
 
