@@ -28,7 +28,7 @@ from benchmarks.quantiles_cases import LEVELS, Array, Law, laws, tables
 OURS = "planish"
 PAPER = {
     "hidden_layer_sizes": (128, 128, 128), "n_members": 1, "resample_levels": False, "average": 0.0,
-    "batch_size": 256,
+    "batch_size": 256, "start": "random",
 }  # fmt: skip
 NETWORKS: dict[str, dict[str, Any]] = {
     OURS: {},

@@ -25,6 +25,7 @@ CONDITIONS = (1e1, 1e2, 1e4, 1e6)
 SHAPES = ((256, 16), (64, 32), (64, 64), (16, 128), (1, 256), (1, 512))
 TOLERANCES = (1e-1, 1e-2, 1e-5)
 RIVALS = ("scipy sqrtm", "eigh by autograd", "SVD by autograd", "Newton-Schulz 5", "Newton-Schulz 10")
+PAPER, OWN = "paper MPA", "paper MPA, own gradient"
 NO_GPU = "no GPU was at hand"
 
 
@@ -60,7 +61,8 @@ def subjects(against: tuple[str, ...] | None, skipped: dict[str, str]) -> dict[s
         "mpa": _ours(method="mpa"),
         "mpa, lyapunov": _ours(method="mpa", backward="lyapunov"),
         "mtp, autograd": _ours(method="mtp", backward="autograd"),
-        "paper MPA": _ours(paper=True),
+        PAPER: _ours(paper=True),
+        OWN: _ours(paper=True, backward="autograd"),
         "paper MTP": _ours(paper=True, method="mtp"),
         "Newton-Schulz 5": _ours(method="newton_schulz", steps=5, backward="autograd"),
         "Newton-Schulz 10": _ours(method="newton_schulz", steps=10, backward="autograd"),
@@ -147,6 +149,10 @@ def _judged(case: str, rows: list[Row]) -> Iterator[Row]:
         others = [name for name in times if errors[name] <= tolerance and not name.startswith("auto")]
         best = min(others, key=times.__getitem__)
         yield Row(case, ours, f"time over the quickest within {tolerance:.0e}", times[ours] / times[best], "x", best)
+    base = "Newton-Schulz 5"
+    if base in times:
+        for name in (PAPER, OWN):
+            yield Row(case, name, "time over that of Newton-Schulz 5", times[name] / times[base], "x", base)
 
 
 def layer(kind: str) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,9 @@ import torch
 
 from planish.nn import requ
 from planish.regression import NonCrossingPenalty, PinballLoss, noncrossing_penalty, pinball_loss
-from planish.regression.network import ACTIVATIONS, ENCODINGS, ProcessNetwork, RisingNetwork, encode_level
-from planish.regression.training import Data, Settings, Training, draw_levels
+from planish.regression.baseline import DEGREE, baseline, bernstein, linear_median
+from planish.regression.network import ACTIVATIONS, ENCODINGS, ProcessNetwork, RisingNetwork, encode_level, rising
+from planish.regression.training import Data, Settings, Training, between, draw_levels
 
 MANY = {"dtype": torch.float64}
 
@@ -101,6 +102,85 @@ def test_hard_curves_rise_everywhere(activation):
     assert (value.diff(dim=-1) >= -1e-9 * value.abs().amax()).all() and (slope >= 0).all()
 
 
+def start(members=2, d=3):
+    rise = torch.randn((members, DEGREE + 1), generator=generator(4), **MANY).sort().values
+    return torch.randn((members, d), generator=generator(5), **MANY), rise
+
+
+def test_the_polynomial_of_the_start_rises_and_has_its_slope():
+    _, rise = start()
+    level = torch.rand((1, 7, 3), generator=generator(), **MANY).requires_grad_()
+    value, slope = rising(level, rise)
+    assert value.shape == slope.shape == (2, 7, 3) and (slope > 0).all()
+    for member in range(2):
+        (exact,) = torch.autograd.grad(value[member].sum(), level, retain_graph=True)
+        torch.testing.assert_close(slope[member], exact[0])
+        by_hand = bernstein(level.detach().ravel().numpy(), rise[member].numpy())
+        np.testing.assert_allclose(value[member].detach().ravel().numpy(), by_hand, rtol=1e-9, atol=1e-9)
+    ends, _ = rising(torch.tensor([[[0.0, 1.0]]], **MANY), rise)
+    torch.testing.assert_close(ends[:, 0], rise[:, [0, -1]], rtol=0, atol=1e-3)
+
+
+def test_a_network_is_its_start_at_first():
+    slopes, rise = start()
+    x, level = points()
+    line = (x * slopes[:, None]).sum(-1, keepdim=True)
+    value, slope = rising(level, rise)
+    for name, net in networks():
+        net.start_from(slopes, rise)
+        found, gradient = net.with_slope(x, level)
+        torch.testing.assert_close(net(x, level), found)
+        if "hard" in name:  # whose density is linear between knots
+            middle = torch.full_like(level[..., :1], 0.5)
+            torch.testing.assert_close(net(x, middle), line + rising(middle, rise)[0])
+            assert (found - line - value).abs().mean() < 0.1 * value.std()
+        else:
+            torch.testing.assert_close(found, line + value)
+            torch.testing.assert_close(gradient, slope)
+
+
+def test_members_can_be_kept():
+    slopes, rise = start()
+    x, level = points()
+    for net in dict(networks()).values():
+        net.start_from(slopes, rise)
+        before = net(x, level)
+        net.keep(torch.tensor([1]))
+        torch.testing.assert_close(net(x[1:], level[1:]), before[1:])
+
+
+def test_a_linear_median_does_not_follow_outliers():
+    random = np.random.default_rng(0)
+    x = random.standard_normal((400, 3))
+    y = x @ [1.0, -2.0, 0.0] + 0.1 * random.standard_t(1, 400)
+    np.testing.assert_allclose(linear_median(x, y, None, 1e-6), [1, -2, 0], atol=0.05)
+    assert np.abs(linear_median(x, y, None, 1e4)).max() < 1e-3
+    weight = (np.arange(400) < 200).astype(float)
+    half = linear_median(x, y, weight, 1e-3)
+    np.testing.assert_allclose(half, linear_median(x[:200], y[:200], None, 5e-4), atol=0.02)
+
+
+def test_held_out_rows_choose_how_much_of_a_line_there_is():
+    random = np.random.default_rng(0)
+    x, noise = random.standard_normal((300, 20)), random.standard_normal(300)
+    order = np.arange(300)
+    slopes, rise = baseline(x, noise, None, order[60:], order[:60])
+    assert np.abs(slopes).max() < 0.1 and (np.diff(rise) >= 0).all()
+    slopes, rise = baseline(x, 3 * x[:, 0] + 0.1 * noise, None, order[60:], order[:60])
+    assert slopes[0] == pytest.approx(3, abs=0.05) and rise[-1] - rise[0] < 1
+
+
+def test_the_penalty_looks_at_corners_of_the_box_that_two_rows_span():
+    x, other = torch.zeros((2, 5000, 4), **MANY), torch.ones((2, 5000, 4), **MANY)
+    found = between(x, other, generator())
+    assert ((found >= 0) & (found <= 1)).all()
+    near = ((found < 0.1) | (found > 0.9)).double().mean()
+    assert near == pytest.approx(4 / np.pi * np.arcsin(np.sqrt(0.1)), abs=0.01)  # of the arcsine law
+    sides = (found > 0.5).double()
+    assert sides.mean() == pytest.approx(0.5, abs=0.01)
+    assert torch.corrcoef(sides.flatten(0, 1).T).fill_diagonal_(0).abs().max() < 0.04  # each feature by its own coin
+
+
 def test_members_do_not_touch_each_other():
     both = ProcessNetwork(2, (6, 6), n_members=2, generator=generator(), **MANY)
     x = torch.randn((1, 5, 2), generator=generator(1), **MANY)
@@ -183,7 +263,7 @@ def test_a_target_that_is_its_level_is_learnt():
     """Y = U: the quantile at a level is the level."""
     net, draw = ProcessNetwork(1, (8,), generator=generator(), **MANY), generator(0)
     x, y = torch.zeros((256, 1), **MANY), (torch.arange(256, **MANY) + 0.5) / 256
-    settings = Settings(5.0, None, True, 4, 1e-2, 150, 128, None, 0.95)
+    settings = Settings(5.0, None, True, 4, 1e-2, 300, 128, None, 0.99)
     Training(net, Data(x, y, None, torch.arange(256)[None], None), settings, draw).run()
     level = torch.linspace(0.05, 0.95, 19, **MANY)[None, None]
     value, slope = net.with_slope(x[None, :1], level)

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from planish.linalg import iterations, matrix_inv_sqrth, matrix_sqrth, matrix_sqrth_pair, rational, solve_lyapunov_psd
+from planish.linalg import (
+    iterations,
+    lyapunov,
+    matrix_inv_sqrth,
+    matrix_sqrth,
+    matrix_sqrth_pair,
+    rational,
+    solve_lyapunov_psd,
+)
 
 F64 = torch.float64
 METHODS = {
@@ -92,9 +100,34 @@ def test_reaches_are_where_the_error_is_the_tolerance(tolerance):
     x = rational.reach(5, 1, tolerance)
     q = ((1 - math.sqrt(x)) / (1 + math.sqrt(x))) ** 11
     assert 2 * q / (1 - q) == pytest.approx(tolerance)
-    for edge in rational.newton_schulz_reach(5, tolerance):
-        root, _ = iterations.newton_schulz(torch.tensor([[edge]], dtype=F64), 5, root=True, inverse=False)
-        assert abs(root.item() / math.sqrt(edge) - 1) == pytest.approx(tolerance, rel=1e-3)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 5, 7])
+def test_one_quotient_is_the_sum_of_fractions(order):
+    a = spd(spread(50, 7), batch=(2,))[0]
+    for one, other in zip(
+        iterations.mpa(a, order, root=True, inverse=True, whole=True),
+        iterations.mpa(a, order, root=True, inverse=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+        assert torch.equal(one, one.mT) or off(one, one.mT) < 1e-15
+    p, q = rational.quotient(order)
+    assert sum(p) == pytest.approx(1) and q == p[::-1]
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
+def test_rounding_leaves_the_tolerance_on_the_whole_interval(tolerance, inverse):
+    low, high = rational.interval(5, tolerance, torch.finfo(torch.float32).eps, inverse=inverse)
+    values = torch.logspace(math.log10(low), math.log10(high), 32, dtype=F64)
+    for seed in range(3):
+        a, root, other = spd(values, batch=(4,), seed=seed)
+        x, y = iterations.mpa(a.float(), 5, root=not inverse, inverse=inverse, whole=True)
+        assert off((y if inverse else x).double(), other if inverse else root) <= tolerance
+    assert rational.interval(5, 1e-6, torch.finfo(torch.float32).eps, inverse=inverse) is None
+    wide = rational.interval(5, tolerance, 1e-30, inverse=inverse)
+    assert wide[0] == low and wide[1] == pytest.approx(1 / low)
 
 
 @pytest.mark.parametrize("tolerance", [0.1, 1e-2, 1e-4, 1e-8])
@@ -185,6 +218,7 @@ def test_matrices_of_a_batch_know_nothing_of_each_other(given):
         {"method": "pade_iter"},
         {"method": "pade_iter", "backward": "eigh"},
         {"method": "mpa", "backward": "autograd", "scale": 1.0},
+        {"tolerance": 0.5},
         {"method": "mtp", "backward": "autograd", "scale": 2.0},
         {"method": "newton_schulz", "backward": "autograd", "scale": 2.0, "steps": 8},
     ],
@@ -229,6 +263,27 @@ def test_lyapunov(method):
     g = torch.randn(3, 3, dtype=F64, requires_grad=True)
     assert gradcheck(lambda x, g: solve_lyapunov_psd((x + x.mT) / 2, g, method=method), (x, g))
     assert gradgradcheck(lambda x, g: solve_lyapunov_psd((x + x.mT) / 2, g, method=method), (x, g), atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, "auto"])
+def test_a_symmetric_side_needs_fewer_products_for_the_same(steps):
+    _, x, _ = spd(spread(20, 6), batch=(2,))
+    g = torch.randn(2, 6, 6, dtype=F64)
+    g = g + g.mT
+    found = lyapunov.solve(x, g, steps, even=True)
+    torch.testing.assert_close(found, solve_lyapunov_psd(x, g, method="iteration", steps=steps))
+    assert torch.equal(found, found.mT)
+
+
+def test_the_published_iteration():
+    _, x, _ = spd(spread(20, 6))
+    g = torch.randn(6, 6, dtype=F64)
+    b, c = x / (x @ x).norm().sqrt(), g / (x @ x).norm().sqrt()
+    eye = torch.eye(6, dtype=F64)
+    for _ in range(8):
+        square = b @ b
+        b, c = b @ (3 * eye - square) / 2, (c @ (3 * eye - square) - square @ c + b @ c @ b) / 2
+    torch.testing.assert_close(solve_lyapunov_psd(x, g, method="iteration", steps=8), c / 2)
 
 
 def test_eight_steps_are_a_cut_off():

@@ -34,12 +34,17 @@ class _Inverse(torch.autograd.Function):
         return found
 
 
+def _inverse(a: Tensor) -> Tensor:
+    found: Tensor = _Inverse.apply(a)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _sum_of_inverses(a: Tensor, terms: list[tuple[float, float, float]]) -> Tensor:
     """Return the sum of w (u 1 + v A)^-1 over (w, u, v)."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     total = torch.zeros_like(a)
     for w, u, v in terms:
-        total = total + w * _Inverse.apply(u * eye + v * a)  # type: ignore[no-untyped-call]
+        total = total + w * _inverse(u * eye + v * a)
     return total
 
 
@@ -60,14 +65,39 @@ def mtp(a: Tensor, order: int, *, root: bool, inverse: bool) -> Pair:
     return totals[0], totals[1]
 
 
-def mpa(a: Tensor, order: int, *, root: bool, inverse: bool) -> Pair:
-    """Pade's quotient, as the paper has it: root r(A), inverse root 1 / r(A)."""
+def mpa(a: Tensor, order: int, *, root: bool, inverse: bool, whole: bool = False) -> Pair:
+    """Pade's quotient, as the paper has it: root r(A), inverse root 1 / r(A).
+
+    With `whole` as one quotient of polynomials, which takes one inverse in place of `order`, and costs the digits of
+    its condition: 4^order where the spectrum lies in (0, 1]. Otherwise in partial fractions.
+    """
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    if whole:
+        p, q = _polynomials(a, *rational.quotient(order))
+        return (_even(_inverse(q) @ p) if root else None), (_even(_inverse(p) @ q) if inverse else None)
     found = None
     if root:
         terms = [(alpha, 1 - beta, beta) for alpha, beta in rational.fractions(order)]
         found = _even(eye - (eye - a) @ _sum_of_inverses(a, terms))
     return found, _reciprocal(a, order) if inverse else None
+
+
+def _polynomials(a: Tensor, *wanted: list[float]) -> list[Tensor]:
+    """Return polynomials in A from coefficients, lowest first: A^2 and A^3 once, then a product for each three more."""
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    most = max(map(len, wanted))
+    square = a @ a if most > 2 else a
+    cube = square @ a if most > 3 else a
+    found = []
+    for c in wanted:
+        total = None
+        for j in reversed(range(0, len(c), 3)):
+            part = c[j] * eye
+            for power, factor in zip((a, square), c[j + 1 : j + 3], strict=False):
+                part = torch.add(part, power, alpha=factor)
+            total = part if total is None else part + total @ cube
+        found.append(total)
+    return found  # type: ignore[return-value]
 
 
 def _reciprocal(a: Tensor, order: int) -> Tensor:
@@ -98,7 +128,7 @@ def newton_schulz(a: Tensor, steps: int, *, root: bool, inverse: bool) -> Pair:
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     turn = (3 * eye - a) / 2
     y, z = a @ turn, turn
-    for _ in range(steps - 1):
+    for left in range(steps - 2, -1, -1):
         turn = (3 * eye - z @ y) / 2
-        y, z = y @ turn, turn @ z
+        y, z = (y @ turn if root or left else y), (turn @ z if inverse or left else z)
     return y if root else None, z if inverse else None

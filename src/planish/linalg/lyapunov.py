@@ -82,34 +82,38 @@ def negligible(a: Tensor) -> float:
     return max(a.shape[-1], 16) * torch.finfo(a.dtype).eps
 
 
-def _divided(g: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+def divided(g: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     """Solve in the eigenbasis of X; a sum of eigenvalues that cannot be told from zero divides nothing."""
     pairs = values[..., :, None] + values[..., None, :]
     # what rounding leaves of a zero in A = X^2 has a root of this size
     least = negligible(vectors) ** 0.5 * values.amax(-1)[..., None, None]
-    weights = torch.where(pairs > least, pairs, torch.inf).reciprocal()
-    return vectors @ ((vectors.mH @ g @ vectors) * weights) @ vectors.mH
+    return vectors @ ((vectors.mH @ g @ vectors) / pairs.masked_fill_(pairs <= least, torch.inf)) @ vectors.mH
 
 
-def _iterated(x: Tensor, g: Tensor, steps: Steps) -> Tensor:
-    """Solve by products alone."""
+def _iterated(x: Tensor, g: Tensor, steps: Steps, even: bool) -> Tensor:
+    """Solve by products alone: six a step, or four where G is symmetric, since C B is then the transpose of B C."""
     square = x @ x
     if steps == "auto":  # |X^4|^(1/4) is close above the largest eigenvalue, and below sqrt(3) all converge
         scale = torch.linalg.matrix_norm(square @ square).pow(0.25) / 1.6
     else:
         scale = torch.linalg.matrix_norm(square).sqrt()
     scale = torch.where(scale > 0, scale, 1)[..., None, None]
-    b, c = x / scale, g / scale
+    b, c, square = x / scale, g / scale, square / scale.square()
     eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
     close = 4 * b.shape[-1] ** 0.5 * torch.finfo(b.dtype).eps ** 0.5
-    for _ in range(_MOST if steps == "auto" else steps):
-        square = b @ b
-        turn = (3 * eye - square) / 2
-        c = c @ turn - (square @ c - b @ (c @ b)) / 2
+    most = _MOST if steps == "auto" else steps
+    for left in range(most - 1, -1, -1):
+        right = c @ b
+        if even:  # B^2 C - B C B + C B^2, halved: one product and its transpose
+            half = (right - right.mH / 2) @ b
+            c = 1.5 * c - (half + half.mH) / 2
+        else:
+            c = 1.5 * c - (b @ (b @ c - right) + right @ b) / 2
         # a step squares what is left: below the root of the precision, the step just taken was the last
-        if steps == "auto" and bool((torch.linalg.matrix_norm(eye - square) < close).all()):
+        if not left or (steps == "auto" and bool((torch.linalg.matrix_norm(eye - square) < close).all())):
             break
-        b = b @ turn
+        b = 1.5 * b - b @ square / 2
+        square = b @ b
     return c / 2
 
 
@@ -119,13 +123,15 @@ class _Solve(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, g: Tensor, steps: Steps, values: Tensor | None, vectors: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, g: Tensor, steps: Steps, values: Tensor | None, vectors: Tensor | None, even: bool
+    ) -> Tensor:
         with in_full(x):
-            return _iterated(x, g, steps) if values is None or vectors is None else _divided(g, values, vectors)
+            return _iterated(x, g, steps, even) if values is None or vectors is None else divided(g, values, vectors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-        x, _, ctx.steps, values, vectors = inputs
+        x, _, ctx.steps, values, vectors, _ = inputs
         ctx.save_for_backward(x, output, values, vectors)
 
     @staticmethod
@@ -134,12 +140,23 @@ class _Solve(torch.autograd.Function):
         s = solve(x, grads[0], ctx.steps, values, vectors)
         with in_full(x):
             towards_x = -(s @ d.mH + d.mH @ s) if ctx.needs_input_grad[0] else None
-        return towards_x, s, None, None, None
+        return towards_x, s, None, None, None, None
 
 
-def solve(x: Tensor, g: Tensor, steps: Steps, values: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
-    """Solve X D + D X = G, differentiably: in the eigenbasis of X where it is given, by products otherwise."""
-    found: Tensor = _Solve.apply(x, g, steps, values, vectors)  # type: ignore[no-untyped-call]
+def solve(
+    x: Tensor,
+    g: Tensor,
+    steps: Steps,
+    values: Tensor | None = None,
+    vectors: Tensor | None = None,
+    *,
+    even: bool = False,
+) -> Tensor:
+    """Solve X D + D X = G, differentiably: in the eigenbasis of X where it is given, by products otherwise.
+
+    `even` promises that G is symmetric, which saves a third of the products.
+    """
+    found: Tensor = _Solve.apply(x, g, steps, values, vectors, even)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -29,6 +29,7 @@ class Options:
     eps: float
     check: bool
     paper: bool
+    whole: bool = False  # one quotient of polynomials, where the spectrum is known to be narrow enough
 
 
 def options(

@@ -10,7 +10,12 @@ for lambda and 1 / lambda. Its reciprocal is a sum of positive terms,
     1 / r_m(lambda) = (1 + 2 sum_i 1 / (sin^2 phi_i + cos^2 phi_i lambda)) / N,   phi_i = (2 i + 1) pi / 2 N
 
 which needs no products of matrices and cancels no digits; lambda / r_m(lambda) is as good a root as r_m, and exact
-at 0.
+at 0. As one quotient of polynomials in lambda,
+
+    r_m = P / Q,   P = sum_j C(N, 2 j) lambda^j,   Q = sum_j C(N, 2 j + 1) lambda^j
+
+it takes one inverse in place of m; coefficients are positive, so nothing cancels, and what rounding costs is the
+condition of Q (or of P, for the inverse root), Q(high) / Q(low) on a spectrum within [low, high].
 """
 
 import functools
@@ -49,6 +54,18 @@ def pade(order: int) -> tuple[list[float], list[float]]:
     return found[0], found[1]
 
 
+def quotient(order: int) -> tuple[list[float], list[float]]:
+    """Return the coefficients of P and Q in lambda, divided by 4^order.
+
+    Example:
+        >>> quotient(1)
+        ([0.25, 0.75], [0.75, 0.25])
+    """
+    n = 2 * order + 1
+    p, q = ([math.comb(n, 2 * j + odd) / 4**order for j in range(order + 1)] for odd in (0, 1))
+    return p, q
+
+
 def fractions(order: int) -> Pairs:
     """Return (alpha, beta) of sqrt(1 - z) ~ 1 - sum of alpha z / (1 - beta z), the quotient in partial fractions."""
     n = 2 * order + 1
@@ -76,27 +93,28 @@ def reach(order: int, steps: int, tolerance: float) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def newton_schulz_reach(steps: int, tolerance: float) -> tuple[float, float]:
-    """Return [x, y] about 1 within which Newton-Schulz is off by no more than `tolerance`, relatively.
+def interval(order: int, tolerance: float, eps: float, *, inverse: bool) -> tuple[float, float] | None:
+    """Return [low, high] within which one quotient P / Q, computed to `eps`, is off by no more than `tolerance`.
+
+    Four fifths of the tolerance are the approximation's, whose reach is [low, 1 / low]. A fifth is for rounding, which
+    may end the interval sooner: ten eps times the condition of what is inverted, P for the inverse root. None if that
+    leaves no interval around 1.
 
     Example:
-        >>> x, y = newton_schulz_reach(5, 1e-2)
-        >>> round(x, 3), round(y, 2)
-        (0.073, 2.5)
+        >>> low, high = interval(5, 1e-2, 1e-7, inverse=False)
+        >>> round(low, 3), round(high, 1)
+        (0.061, 7.3)
     """
+    low = reach(order, 1, 0.8 * tolerance)
+    inverted = quotient(order)[0 if inverse else 1]
 
-    def off(x: float) -> float:
-        root, inverse = x, 1.0
-        for _ in range(steps):
-            turn = (3 - inverse * root) / 2
-            root, inverse = root * turn, turn * inverse
-        return abs(root / math.sqrt(x) - 1)  # that of the inverse is the same
+    def at(x: float) -> float:
+        return sum(c * x**j for j, c in enumerate(inverted))
 
-    ends = []
-    for limit in (1e-9, 3.0):
-        within, beyond = 1.0, limit
-        for _ in range(50):
-            middle = (within + beyond) / 2
-            within, beyond = (middle, beyond) if off(middle) <= tolerance else (within, middle)
-        ends.append(within)
-    return ends[0], ends[1]
+    high, beyond = 1.0, 1 / low
+    if 10 * eps * at(high) / at(low) > 0.2 * tolerance:
+        return None
+    for _ in range(50):
+        middle = (high + beyond) / 2
+        high, beyond = (middle, beyond) if 10 * eps * at(middle) / at(low) <= 0.2 * tolerance else (high, middle)
+    return low, high

@@ -9,17 +9,21 @@ from torch import Tensor
 from planish._support import bad
 from planish.linalg import iterations, rational
 from planish.linalg.iterations import Pair
-from planish.linalg.lyapunov import Steps, in_full, negligible, solve
+from planish.linalg.lyapunov import Steps, divided, in_full, negligible, solve
 from planish.linalg.options import Options, Scale
 
 _SMALL = (8, 32)  # sizes at which products were quicker than the decomposition, on a CPU, forward and backward
+_FIRST = 16  # one in so many matrices of a batch is looked at first: where one is refused, most are
+_SPARED = 1e-3  # of the precision of the root: what one quotient of polynomials may lose to rounding
 
 
 def both(where: str, given: Tensor, chosen: Options, *, root: bool, inverse: bool) -> Pair:
     """Return the root and the inverse root, None where not asked for."""
-    a, lost = _prepared(where, given, chosen)
+    a, lost, even = _prepared(where, given, chosen)
     if chosen.method == "auto":
-        chosen = _quickest(a, chosen)
+        chosen = _quickest(a, chosen, inverse)
+    if not (even and chosen.method == "eigh"):  # whose gradient is even anyway
+        a = (a + a.mH) / 2
     if chosen.method == "eigh":
         found = _decomposed(where, a, chosen, lost, root=root, inverse=inverse)
     else:
@@ -27,8 +31,8 @@ def both(where: str, given: Tensor, chosen: Options, *, root: bool, inverse: boo
     return tuple(x if x is None else x.to(given.dtype) for x in found)  # type: ignore[return-value]
 
 
-def _prepared(where: str, given: Tensor, chosen: Options) -> tuple[Tensor, float]:
-    """Return A fit for work, and how far below zero an eigenvalue may lie, relative to the largest."""
+def _prepared(where: str, given: Tensor, chosen: Options) -> tuple[Tensor, float, bool]:
+    """Return A fit for work, how far below zero an eigenvalue may lie, relative to the largest, and if A is even."""
     if given.ndim < 2 or given.shape[-1] != given.shape[-2] or 0 in given.shape:
         raise bad(where, "A", "square matrices, (*b, n, n), none of them empty", tuple(given.shape))
     if not (given.is_floating_point() or given.is_complex()):
@@ -43,11 +47,11 @@ def _prepared(where: str, given: Tensor, chosen: Options) -> tuple[Tensor, float
         raise bad(where, "tolerance", "None with `check=False`: it is kept by looking at values", chosen.tolerance)
     lost = min(negligible(given), 0.05)
     a = given.float() if given.dtype in (torch.float16, torch.bfloat16) else given
-    odd = a - a.mH
     even = False
     if chosen.check:
         # the largest entry of a semidefinite matrix is on its diagonal; an odd one has each entry with both signs
-        apart = (odd.detach().abs() if odd.is_complex() else odd.detach()).amax()
+        odd = a.detach() - a.detach().mH
+        apart = (odd.abs() if odd.is_complex() else odd).amax()
         even = bool(apart == 0)
         if (
             not even
@@ -57,11 +61,9 @@ def _prepared(where: str, given: Tensor, chosen: Options) -> tuple[Tensor, float
             if not torch.isfinite(given).all():
                 raise _refused(where, "finite", "NaN or infinity")
             raise _refused(where, "symmetric", f"entries that differ by {apart.item():.3g}")
-    if not (even and chosen.method in ("auto", "eigh") and chosen.tolerance is None):  # whose gradient is even anyway
-        a = a - odd / 2
     if chosen.eps:
         a = a + chosen.eps * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    return a, lost
+    return a, lost, even
 
 
 def _refused(where: str, allowed: str, got: str) -> RuntimeError:
@@ -69,7 +71,7 @@ def _refused(where: str, allowed: str, got: str) -> RuntimeError:
     return error
 
 
-def _quickest(a: Tensor, chosen: Options) -> Options:
+def _quickest(a: Tensor, chosen: Options, inverse: bool) -> Options:
     """Choose the quickest method that is certain to keep to the tolerance.
 
     On CPUs the decomposition won nearly everywhere when measured, backward included; small matrices in batches are the
@@ -79,27 +81,36 @@ def _quickest(a: Tensor, chosen: Options) -> Options:
     n, tolerance, on_cpu = a.shape[-1], chosen.tolerance, a.device.type == "cpu"
     if tolerance is None or a.is_complex() or n > (_SMALL[1] if on_cpu else 256) or (on_cpu and n < _SMALL[0]):
         return exact
-    mean = _scale(a.detach(), "trace")[..., None, None]
+    fixed, high = a.detach(), None
     if on_cpu:
-        steps = 3 if tolerance >= 0.1 else 4 if tolerance >= 0.01 else 5
-        stretch = 1.2  # the reach is longer downwards
-        interval = rational.newton_schulz_reach(steps, tolerance)
+        found = rational.interval(chosen.order, tolerance, torch.finfo(a.dtype).eps, inverse=inverse)
+        if found is None:
+            return exact
+        low = found[0]
+        scale = torch.linalg.matrix_norm(fixed) / found[1]  # at least the largest eigenvalue: no need to look above
         backward = "autograd" if chosen.backward == "auto" else chosen.backward
-        quick = replace(chosen, method="newton_schulz", steps=steps, backward=backward)
+        quick = replace(chosen, method="mpa", whole=True, backward=backward)
     else:
-        steps, stretch = (1 if tolerance > 1e-3 else 2), 1.0
+        steps = 1 if tolerance > 1e-3 else 2
         low = rational.reach(chosen.order, steps, tolerance)
-        interval, quick = (low, 1 / low), replace(chosen, method="pade_iter", steps=steps)
-    if not _within(a.detach(), mean * stretch, *interval):
+        scale = _scale(fixed, "trace")
+        quick = replace(chosen, method="pade_iter", steps=steps)
+        high = 1 / low
+    if not _within(fixed.reshape(-1, n, n), scale.reshape(-1, 1, 1), low, high):
         return exact
-    return replace(quick, scale=mean[..., 0, 0] * stretch)
+    return replace(quick, scale=scale, check=False)  # there is nothing left to check
 
 
-def _within(a: Tensor, scale: Tensor, low: float, high: float) -> bool:
-    """Certify by two Cholesky factors that all eigenvalues of A / scale lie in [low, high]."""
-    shift = scale * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    below = torch.linalg.cholesky_ex(a - low * shift).info
-    return not (below.any() or torch.linalg.cholesky_ex(high * shift - a).info.any())
+def _within(a: Tensor, scale: Tensor, low: float, high: float | None) -> bool:
+    """Certify by Cholesky factors that all eigenvalues of A / scale lie in [low, high], or above low."""
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    first = len(a) // _FIRST
+    for part, size in ((a[:first], scale[:first]), (a[first:], scale[first:])):
+        if torch.linalg.cholesky_ex(part - low * size * eye).info.any():
+            return False
+        if high is not None and torch.linalg.cholesky_ex(high * size * eye - part).info.any():
+            return False
+    return True
 
 
 class _Root(torch.autograd.Function):
@@ -124,11 +135,13 @@ class _Root(torch.autograd.Function):
         if ctx.by is None and values is None:
             values, vectors = torch.linalg.eigh(x.detach())
         g = (grads[0] + grads[0].mH) / 2
-        if ctx.inverse:
-            with in_full(x):
+        with in_full(x):
+            if ctx.inverse:
                 square = x @ x
                 g = -(square @ g @ square)
-        return solve(x, g, ctx.by or "auto", values, vectors), None, None, None, None, None
+            if values is not None and not torch.is_grad_enabled():  # nobody will ask for the derivative of this
+                return divided(g, values, vectors), None, None, None, None, None
+        return solve(x, g, ctx.by or "auto", values, vectors, even=True), None, None, None, None, None
 
 
 def _hung(
@@ -141,7 +154,7 @@ def _hung(
 def _decomposed(where: str, a: Tensor, chosen: Options, lost: float, *, root: bool, inverse: bool) -> Pair:
     values, vectors = torch.linalg.eigh(a.detach())
     if chosen.check:
-        least, most = values.amin(-1), values.abs().amax(-1)
+        least, most = values[..., 0], torch.maximum(values[..., -1], -values[..., 0])  # they come in order
         if (least < -lost * most).any():
             raise _refused(where, "positive semidefinite", f"an eigenvalue of {least.amin().item():.3g}")
         if inverse and (least <= negligible(a) * most).any():
@@ -152,9 +165,9 @@ def _decomposed(where: str, a: Tensor, chosen: Options, lost: float, *, root: bo
     with in_full(a):
         for asked, is_inverse in ((root, False), (inverse, True)):
             scaled = sigma.reciprocal() if is_inverse else sigma
-            x = (vectors * scaled[..., None, :]) @ vectors.mH if asked else None
             basis = (scaled, vectors) if exact else (None, None)
-            found.append(None if x is None else _hung(a, (x + x.mH) / 2, is_inverse, by, *basis))
+            half = vectors * scaled.sqrt()[..., None, :]  # times its transpose: symmetric without more ado
+            found.append(_hung(a, half @ half.mH, is_inverse, by, *basis) if asked else None)
     return found[0], found[1]
 
 
@@ -180,8 +193,10 @@ def _approximated(where: str, a: Tensor, chosen: Options, lost: float, *, root: 
         match chosen.method:
             case "mtp":
                 pair = iterations.mtp(hat, chosen.order, root=root, inverse=inverse)
-            case "mpa" if chosen.paper:
-                pair = iterations.mpa(hat, chosen.order, root=root, inverse=inverse)
+            case "mpa" if chosen.paper or chosen.whole:
+                bounded = isinstance(chosen.scale, str) and chosen.scale != "trace"  # the spectrum lies in (0, 1]
+                whole = chosen.whole or (bounded and 4**chosen.order * torch.finfo(a.dtype).eps < _SPARED)
+                pair = iterations.mpa(hat, chosen.order, root=root, inverse=inverse, whole=whole)
             case "newton_schulz":
                 pair = iterations.newton_schulz(hat, chosen.steps, root=root, inverse=inverse)
             case _:

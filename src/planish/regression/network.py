@@ -44,8 +44,24 @@ def encode_level(level: Tensor, encoding: str) -> tuple[Tensor, Tensor]:
     return torch.stack([centred, logit], -1), torch.stack([two, slope * (inner == level)], -1)
 
 
+def rising(level: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Bernstein's polynomial of coefficients (e, k + 1) at levels (b, n, m), and its slope; both (e, n, m)."""
+    degree = coefficients.shape[-1] - 1
+    place = torch.arange(degree + 1, dtype=level.dtype, device=level.device)
+    binomial = torch.lgamma(place + 1) + torch.lgamma(degree - place + 1)
+    inner = level.clamp(1e-6, 1 - 1e-6)[..., None]
+    shares = (math.lgamma(degree + 1) - binomial + place * inner.log() + (degree - place) * (-inner).log1p()).exp()
+    value = (shares @ coefficients[:, None, :, None])[..., 0]
+    rises = coefficients.diff() * (degree - place[:-1])  # positive terms: no digits are lost
+    slope = (shares[..., :-1] @ rises[:, None, :, None])[..., 0] / (1 - inner[..., 0])
+    return value, slope
+
+
 class _Layers(nn.Module):
-    """Linear layers of e members: weights (e, in, out), biases (e, 1, out)."""
+    """Linear layers of e members: weights (e, in, out), biases (e, 1, out); and what their output is added to."""
+
+    slopes: Tensor
+    rise: Tensor
 
     def __init__(self, sizes: Sequence[int], n_members: int, dtype: torch.dtype, generator: torch.Generator) -> None:
         super().__init__()
@@ -54,6 +70,26 @@ class _Layers(nn.Module):
             for kind, shape in ((self.weights, (n_members, fan_in, fan_out)), (self.biases, (n_members, 1, fan_out))):
                 uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
                 kind.append(nn.Parameter(((2 * uniform - 1) / math.sqrt(fan_in)).to(dtype)))
+        self.register_buffer("slopes", torch.zeros(n_members, 0, dtype=dtype))
+        self.register_buffer("rise", torch.zeros(n_members, 0, dtype=dtype))
+
+    @torch.no_grad()
+    def start_from(self, slopes: Float[Tensor, "e d"], rise: Float[Tensor, "e k"]) -> None:
+        """Add slopes . x and a rising polynomial of the level to the output, and let that be all of it at first."""
+        self.slopes, self.rise = slopes.to(self.weights[0]), rise.to(self.weights[0])
+        self.weights[-1].zero_()
+        self.biases[-1].zero_()
+
+    @torch.no_grad()
+    def keep(self, members: Tensor) -> None:
+        """Drop all members but some."""
+        for kind in (self.weights, self.biases):
+            for i, p in enumerate(kind):
+                kind[i] = nn.Parameter(p[members])
+        self.slopes, self.rise = self.slopes[members], self.rise[members]
+
+    def _line(self, x: Tensor) -> Tensor:
+        return x @ self.slopes[..., None]
 
 
 class ProcessNetwork(_Layers):
@@ -89,7 +125,10 @@ class ProcessNetwork(_Layers):
         h = self._first(x, encode_level(level, self.encoding)[0])
         for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
             h = torch.baddbmm(bias, _value(h, self.activation), weight)
-        return h.reshape(len(h), *level.shape[1:])
+        h = h.reshape(len(h), *level.shape[1:])
+        if not self.rise.numel():
+            return h
+        return h + self._line(x) + rising(level, self.rise)[0]
 
     def with_slope(
         self, x: Float[Tensor, "a n d"], level: Float[Tensor, "b n m"]
@@ -102,7 +141,11 @@ class ProcessNetwork(_Layers):
             slope = (_derivative(h, self.activation) * slope) @ weight
             h = torch.baddbmm(bias, _value(h, self.activation), weight)
         shape = (len(h), *level.shape[1:])
-        return h.reshape(shape), slope.reshape(shape)
+        h, slope = h.reshape(shape), slope.reshape(shape)
+        if not self.rise.numel():
+            return h, slope
+        value, rise = rising(level, self.rise)
+        return h + self._line(x) + value, slope + rise
 
     def _first(self, x: Tensor, encoded: Tensor) -> Tensor:
         """Return what enters the first activation, (e, n m, w); of x once a row, whatever m is."""
@@ -134,6 +177,14 @@ class RisingNetwork(_Layers):
         self.activation = activation
         self.register_buffer("knots", torch.tensor(_KNOTS, dtype=dtype))
 
+    @torch.no_grad()
+    def start_from(self, slopes: Float[Tensor, "e d"], rise: Float[Tensor, "e k"]) -> None:
+        """Add slopes . x, and begin with the median and the densities of a rising polynomial of the level."""
+        super().start_from(slopes, rise)
+        middle, slope = rising(torch.tensor([[[0.5], *([k] for k in _KNOTS)]], dtype=torch.float64), rise.double())
+        self.biases[-1][:, 0, 0] = middle[:, 0, 0]
+        self.biases[-1][:, 0, 1:] = slope[:, 1:, 0].clamp_min(1e-3).expm1().log()  # softplus takes it back
+
     def forward(self, x: Float[Tensor, "a n d"], level: Float[Tensor, "b n m"]) -> Float[Tensor, "e n m"]:
         """Return the quantiles."""
         return self.with_slope(x, level)[0]
@@ -145,6 +196,8 @@ class RisingNetwork(_Layers):
         h = torch.baddbmm(self.biases[0], x.expand(len(self.weights[0]), -1, -1), self.weights[0])
         for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
             h = torch.baddbmm(bias, _value(h, self.activation), weight)
+        if self.rise.numel():
+            h = torch.cat([h[..., :1] + self._line(x), h[..., 1:]], -1)
         median, density = h[..., :1], nn.functional.softplus(h[..., 1:])  # (e, n, knots)
         gaps = self.knots.diff()
         steps = (density[..., 1:] + density[..., :-1]) / 2 * gaps  # what the quantile gains from knot to knot

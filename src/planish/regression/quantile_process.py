@@ -19,9 +19,10 @@ law of xi         ``level_law``                    uniform, or Beta(a, b)
 ================  ===============================  =================================================
 
 Differs from the paper: levels are drawn anew at every step (`resample_levels`), several a sample and stratified, where
-the paper draws one a sample for good; the penalty then looks at fresh levels between samples, not at samples only; the
-result is the mean of several members, each stopped early on rows of its own; weights are averaged over steps. Each can
-be turned off: see `docs/papers/quantile_process.md`.
+the paper draws one a sample for good; the penalty then looks at fresh levels between samples, not at samples only;
+training begins at a linear median (`start`), not at random; the result is the mean of several members, each stopped
+early on rows of its own; weights are averaged over steps. Each can be turned off: see
+`docs/papers/quantile_process.md`.
 When to use: smooth dependence on few to some tens of features, and a need for many levels, intervals or samples. Trees
 do better where the target jumps.
 
@@ -42,6 +43,7 @@ import numpy.typing as npt
 import torch
 
 from planish._support import PlanishWarning, bad, require
+from planish.regression.baseline import baseline
 from planish.regression.distribution import ConditionalDistribution, weighted_quantiles
 from planish.regression.network import ACTIVATIONS, Network, ProcessNetwork, RisingNetwork
 from planish.regression.training import Data, Settings, Training
@@ -55,6 +57,7 @@ __all__ = ["QuantileProcessRegressor"]
 
 logger = logging.getLogger("planish")
 Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
 _WHERE = "QuantileProcessRegressor"
 _CHUNK = 2**22  # numbers in the widest activation of one pass of predict
 _MAD = 1.4826  # makes the median absolute deviation of a Gaussian its standard deviation
@@ -70,6 +73,9 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         activation: "requ" (default), "relu" or "tanh".
         monotone: "penalty" (default); "none"; or "hard": a network whose quantiles cannot cross, being the integral of
             a positive density.
+        start: "linear" (default): the network is zero at first, and is added to a linear median of the member's rows
+            and to the quantiles of its residuals, or to one number in their place: both are trained, and rows held out
+            say which is kept (with `early_stopping`; else, and with "hard", the first). "random" is the paper.
         penalty: lambda, >= 0; "auto" (default) is log n, the paper's. Read where `monotone` is "penalty".
         level_law: "uniform" (default), or (a, b) of a Beta law from which levels are drawn; below 1 favours tails.
         level_input: What the network sees: "level" (default), or "logit", the level and its logit, for heavy tails.
@@ -121,6 +127,7 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         n_members: int = 5,
         activation: Literal["requ", "relu", "tanh"] = "requ",
         monotone: Literal["penalty", "hard", "none"] = "penalty",
+        start: Literal["linear", "random"] = "linear",
         penalty: float | Literal["auto"] = "auto",
         level_law: Literal["uniform"] | tuple[float, float] = "uniform",
         level_input: Literal["level", "logit"] = "level",
@@ -144,6 +151,7 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         self.n_members = n_members
         self.activation = activation
         self.monotone = monotone
+        self.start = start
         self.penalty = penalty
         self.level_law = level_law
         self.level_input = level_input
@@ -194,11 +202,18 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         self.penalty_ = 0.0
         if self.monotone == "penalty":
             self.penalty_ = math.log(n) if self.penalty == "auto" else float(self.penalty)
-        self.network_ = self._build(X.shape[1], generator).to(device)
+        X, y = (X - self.X_offset_) / self.X_scale_, (y - self.y_offset_) / self.y_scale_
+        twice = self.start == "linear" and self.monotone != "hard" and self.early_stopping
+        self.network_ = self._build(X.shape[1], self.n_members * (2 if twice else 1), generator)
         train, held_out = self._split(n, generator)
+        if twice and held_out is not None:
+            train, held_out = train.repeat(2, 1), held_out.repeat(2, 1)
+        if self.start == "linear":
+            self._begin(X, y, weight, train.numpy(), None if held_out is None else held_out.numpy(), twice)
+        self.network_.to(device)
         data = Data(
-            torch.tensor((X - self.X_offset_) / self.X_scale_, dtype=kind, device=device),
-            torch.tensor((y - self.y_offset_) / self.y_scale_, dtype=kind, device=device),
+            torch.tensor(X, dtype=kind, device=device),
+            torch.tensor(y, dtype=kind, device=device),
             None if weight is None else torch.tensor(weight, dtype=kind, device=device),
             train.to(device),
             None if held_out is None else held_out.to(device),
@@ -215,7 +230,12 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
             average=self.average,
         )
         with _shown(self.verbose, self.max_iter) as progress:
-            history = Training(self.network_, data, settings, generator).run(progress)
+            training = Training(self.network_, data, settings, generator)
+            history = training.run(progress)
+        if twice:
+            first, second = training.best.chunk(2)
+            m = torch.arange(self.n_members)
+            self.network_.keep(torch.where(first <= second, m, m + self.n_members).to(device))
         self.network_.double()  # answers depend on how many rows are asked at once by float64's rounding only
         logger.info("%s: %d epochs, best %d", _WHERE, len(history.loss), history.best_epoch)
         self.n_iter_, self.best_iter_ = len(history.loss), history.best_epoch
@@ -227,7 +247,8 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
         if not sizes or any(not isinstance(w, int | np.integer) or w < 1 for w in sizes):
             raise bad(_WHERE, "hidden_layer_sizes", "at least one int >= 1", self.hidden_layer_sizes)
         for name, allowed in (
-            ("activation", ACTIVATIONS), ("monotone", ("penalty", "hard", "none")), ("level_input", ("level", "logit")),
+            ("activation", ACTIVATIONS), ("monotone", ("penalty", "hard", "none")), ("start", ("linear", "random")),
+            ("level_input", ("level", "logit")),
             ("extrapolation", ("clip", "warn")), ("dtype", ("float32", "float64")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
@@ -260,9 +281,20 @@ class QuantileProcessRegressor(ConditionalDistribution, _base.RegressorMixin, _b
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
-    def _build(self, n_features: int, generator: torch.Generator) -> Network:
+    def _begin(self, X: Array, y: Array, weight: Array | None, train: Rows, held_out: Rows | None, twice: bool) -> None:
+        """Let each member start from a fit to its rows; of `twice` as many the second half without the spread."""
+        n = self.n_members
+        judges = [None] * n if held_out is None else list(held_out[:n])
+        found = [baseline(X, y, weight, *rows) for rows in zip(train[:n], judges, strict=True)]
+        slopes, rise = (np.stack(part) for part in zip(*found, strict=True))
+        if twice:
+            level = np.broadcast_to(rise[:, rise.shape[1] // 2, None], rise.shape)
+            slopes, rise = np.concatenate([slopes, slopes]), np.concatenate([rise, level])
+        self.network_.start_from(torch.from_numpy(slopes), torch.from_numpy(rise))
+
+    def _build(self, n_features: int, n_members: int, generator: torch.Generator) -> Network:
         shape = n_features, tuple(self.hidden_layer_sizes)
-        of: dict[str, Any] = {"activation": self.activation, "n_members": self.n_members, "dtype": self._kind()}
+        of: dict[str, Any] = {"activation": self.activation, "n_members": n_members, "dtype": self._kind()}
         if self.monotone == "hard":
             return RisingNetwork(*shape, generator=generator, **of)
         return ProcessNetwork(*shape, encoding=self.level_input, generator=generator, **of)

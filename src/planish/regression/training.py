@@ -75,6 +75,17 @@ def draw_levels(
     return uniform.clamp(tiny, 1 - tiny).to(like)
 
 
+def between(x: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
+    """Return points between pairs of rows, more often near corners of the box that a pair spans than inside.
+
+    On the line between two rows all features are near their means, and curves cross far from there. So each feature
+    goes its part of the way from either end, by a coin, and the part is near 0 or 1 mostly (its law is the arcsine).
+    """
+    part = torch.rand((*x.shape[:-1], 1), generator=generator).mul(math.pi / 2).sin().square()
+    swapped = torch.rand(x.shape, generator=generator) < 0.5
+    return torch.lerp(x, other, torch.where(swapped, 1 - part, part).to(x))
+
+
 def _mean(loss: Tensor, weight: Tensor | None) -> Tensor:
     """Return the weighted mean of each member, summed: members do not touch each other's gradients."""
     return (loss if weight is None else loss * weight[..., None]).mean((1, 2))
@@ -93,6 +104,7 @@ class Training:
     def __init__(self, net: Network, data: Data, settings: Settings, generator: torch.Generator) -> None:
         self.net, self.data, self.settings, self.generator = net, data, settings, generator
         self.history = History()
+        self.best = torch.full((len(data.train),), torch.inf)  # validation loss of each member's kept weights
         self._parameters = list(net.parameters())
         self._optimizer = torch.optim.Adam(self._parameters, lr=settings.learning_rate, fused=True)
         self._averaged = [p.detach().clone() for p in self._parameters]
@@ -104,10 +116,9 @@ class Training:
     def run(self, progress: Callable[[int, float], None] | None = None) -> History:
         """Train to the end; `progress` is told every epoch and its loss."""
         data, settings = self.data, self.settings
-        n_members, n_train = data.train.shape
+        n_train = data.train.shape[1]
         steps = math.ceil(n_train / settings.batch_size)
         every = max(1, _STEPS_BETWEEN // steps)
-        best = torch.full((n_members,), torch.inf)
         kept = [p.detach().clone() for p in self._parameters]
         last_best = 0
         for epoch in range(1, settings.max_epochs + 1):
@@ -124,8 +135,8 @@ class Training:
                 continue
             losses = self._validate(data.held_out)
             self.history.validation.append((epoch, float(losses.mean())))
-            better = losses < best
-            best = torch.where(better, losses, best)
+            better = losses < self.best
+            self.best = torch.where(better, losses, self.best)
             for keep, now in zip(kept, self._averaged, strict=True):
                 keep[better] = now[better]
             if better.any():
@@ -160,9 +171,8 @@ class Training:
             if settings.penalty > 0:
                 half = (b + 1) // 2  # slopes cost what two values do
                 other = rows[:, torch.randperm(b, generator=self.generator)[:half].to(rows.device)]
-                part = torch.rand((e, half, 1), generator=self.generator).to(x)
-                between = torch.lerp(x[:, :half], data.x[other], part)
-                _, slope = self.net.with_slope(between, draw_levels((e, half, 1), settings.levels, self.generator, x))
+                inside = between(x[:, :half], data.x[other], self.generator)
+                _, slope = self.net.with_slope(inside, draw_levels((e, half, 1), settings.levels, self.generator, x))
         target = y[..., None].expand_as(value)
         losses = _mean(pinball_loss(value, target, level, reduction="none"), weight)
         total = losses.sum()

@@ -69,7 +69,7 @@ def test_all_answers_are_of_one_distribution(fitted):
 
 def test_rearranging_sorts_whatever_the_order_of_levels():
     X, y = table(60)
-    wild = quick(monotone="none", max_iter=1, n_members=1, early_stopping=False).fit(X, y)
+    wild = quick(monotone="none", start="random", max_iter=1, n_members=1, early_stopping=False).fit(X, y)
     for p in wild.network_.parameters():
         p.data.mul_(-8)
     asked = [0.9, 0.1, 0.5]
@@ -122,8 +122,8 @@ def test_every_row_is_learnt_from_and_held_out_by_one_member():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"resample_levels": False, "average": 0.0, "n_members": 1},  # the paper's
-        {"monotone": "hard"}, {"monotone": "none"}, {"activation": "relu"}, {"activation": "tanh"},
+        {"resample_levels": False, "average": 0.0, "n_members": 1, "start": "random"},  # the paper's
+        {"monotone": "hard"}, {"monotone": "none"}, {"start": "random"}, {"activation": "relu"}, {"activation": "tanh"},
         {"level_input": "logit"}, {"level_law": (0.5, 0.5)}, {"early_stopping": False}, {"standardize": False},
         {"batch_size": 32}, {"n_levels": 5}, {"penalty": 3.0}, {"dtype": "float64"},
     ],
@@ -197,7 +197,7 @@ def test_constant_columns_and_targets():
 
 def test_conformal_intervals_hold_what_they_promise():
     X, y = table(400)
-    poor = quick(max_iter=1, n_members=1).fit(X[:60], y[:60])  # has learnt nothing
+    poor = quick(start="random", max_iter=1, n_members=1).fit(X[:60], y[:60])  # has learnt nothing
     rest, last = slice(60, 230), slice(230, 400)
     poor.conformalize(X[rest], y[rest])
     for coverage in (0.5, 0.9):
