@@ -51,7 +51,7 @@ def rows(
         **_: What other benchmarks are asked beside this: a cost has one grid and one model.
     """
     skipped = {} if skipped is None else skipped
-    shape, rounds = ((4, 128), 1) if quick else ((16, 512), 3)
+    shape, rounds = ((4, 128), 1) if quick else ((16, 512), 2)
     case = Case("SmolLM2-135M", 4, 64)
     model = data.language_model()
     calibration = data.windows(model, *shape, evaluation=False)
