@@ -145,6 +145,29 @@ def network(table: Table, density: float, seed: int, kind: str, quick: bool) -> 
     return {f"TimeGNN, {kind}": score | {"seconds": time.process_time() - began}}
 
 
+def _jobs(table: Table, density: float, seed: int, quick: bool) -> list[tuple[str, partial[Scores]]]:
+    jobs: list[tuple[str, partial[Scores]]] = [
+        ("quadratic", partial(quadratic, table, density, seed)),
+        ("rival", partial(tikhonov_and_rival, table, density, seed)),
+    ]
+    if quick or density in LEARNED[table.name]:
+        jobs.append(("learned", partial(learned, table, density, seed)))
+    if density in NETWORKS.get(table.name, ()):
+        for kind in ("preconditioned", "from zero", "from zero, no Sobolev term", "published"):
+            if kind != "published" or seed == DRAWS[0]:
+                jobs.append((kind, partial(network, table, density, seed, kind, quick)))
+    return jobs
+
+
+def _done(
+    table: Table, density: float, seed: int, name: str, job: partial[Scores], quick: bool, fresh: bool
+) -> Scores:  # fmt: skip
+    logger.info("%s, m = %g, draw %d: %s", table.name, density, seed, name)
+    sources = {network: NETWORK, quadratic: QUADRATIC}.get(job.func, SOURCES)
+    found: Scores = _kept(f"{table.name} {density} {seed} {name} {quick}", sources, job, fresh)
+    return found
+
+
 def rows(
     quick: bool, *, only: tuple[str, ...] | None = None, models: tuple[str, ...] | None = None, fresh: bool = False,
     skipped: dict[str, str] | None = None, **_: object,
@@ -171,24 +194,8 @@ def rows(
         found: dict[float, dict[str, list[dict[str, float]]]] = {}
         for density in densities:
             for seed in DRAWS[:1] if quick else DRAWS:
-                jobs: list[tuple[str, partial[Scores]]] = [
-                    ("quadratic", partial(quadratic, table, density, seed)),
-                    ("rival", partial(tikhonov_and_rival, table, density, seed)),
-                ]
-                if quick or density in LEARNED[table.name]:
-                    jobs.append(("learned", partial(learned, table, density, seed)))
-                if density in NETWORKS.get(table.name, ()):
-                    for kind in ("preconditioned", "from zero", "from zero, no Sobolev term", "published"):
-                        if kind != "published" or seed == DRAWS[0]:
-                            jobs.append((kind, partial(network, table, density, seed, kind, quick)))
-                for name, job in jobs:
-                    logger.info("%s, m = %g, draw %d: %s", table.name, density, seed, name)
-                    scores = _kept(
-                        f"{table.name} {density} {seed} {name} {quick}",
-                        {network: NETWORK, quadratic: QUADRATIC}.get(job.func, SOURCES),
-                        job,
-                        fresh,
-                    )
+                for name, job in _jobs(table, density, seed, quick):
+                    scores = _done(table, density, seed, name, job, quick, fresh)
                     for subject, score in scores.items():
                         if subject == "GraphTRSS, published" and not table.published:
                             subject = f"GraphTRSS, alpha = {table.alpha:g}"  # noqa: PLW2901

@@ -218,11 +218,15 @@ def test_blocks_are_the_dense_solution():
     _, mask = few()
     L, k = laplacian(ring()), differences(40) @ differences(40).T
     fixed, changes = 1e-3 * L, 1e-4 * (L + 0.05 * torch.eye(6))
+    levels, vectors = torch.linalg.eigh(L)
     matrix = torch.diag(mask.double().flatten()) + torch.kron(fixed, torch.eye(40)) + torch.kron(changes, k)
     right = torch.randn(6, 40, generator=drawn(3), dtype=F64)
     exact = torch.linalg.solve(matrix, right.flatten()).view(6, 40)
-    assert torch.allclose(TimeBlocks(mask, fixed, changes).solve(right), exact, rtol=1e-6, atol=1e-6)
-    alone = TimeBlocks(mask, torch.zeros(6, 6), torch.zeros(6, 6)).solve(mask * right)  # nothing ties what nobody saw
+    found = TimeBlocks(mask, vectors, 1e-3 * levels.clamp_min(0), 1e-4 * (levels + 0.05)).solve(right)
+    assert torch.allclose(found, exact, rtol=1e-6, atol=1e-6)
+    alone = TimeBlocks(mask, torch.eye(6), torch.zeros(6), torch.zeros(6)).solve(
+        mask * right
+    )  # nothing ties what nobody saw
     assert torch.allclose(alone, mask * right, atol=1e-10)
 
 

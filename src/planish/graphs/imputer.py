@@ -131,8 +131,8 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
         self.hidden_errors_: dict[str, float] = {}
         self._network_fill: Tensor | None = None
         self.alpha_ = 1e-3 if self.alpha == "auto" else float(self.alpha)
-        self.method_: str = self.method
-        self.weight_, self._other = 0.0, self.method
+        self.method_: str = "graphtrss" if self.method == "auto" else self.method
+        self.weight_, self._other = 0.0, str(self.method)
         with _shown(self.verbose) as progress:
             if self.method not in {"neighbours", "linear"}:
                 self._choose(x, mask, progress)
@@ -246,7 +246,7 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
             others["timegnn"] = self._train(x, mask, hidden, None, lambda i, _: progress("timegnn", i))
         for name, guess in ({first: fill} | others).items():
             self.hidden_errors_[name] = float((guess - x)[hidden].square().mean().sqrt())
-        if self.method == "auto":
+        if self.method == "auto" and others:
             parts = split(inside, max(2, round(1 / self.hidden_fraction) - 1), generator=generator)
             self._weigh(x, mask, parts, list(others), progress)
 
@@ -258,8 +258,6 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
         where = []
         for i, part in enumerate(parts):
             progress("parts", i)
-            if not bool((mask & ~part).any()):
-                continue
             where.append(part.nonzero())
             for name, held in errors.items():
                 if name == "timegnn":
@@ -269,7 +267,7 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
                 held.append((fill - x)[part])
         missed = {name: torch.cat(held) for name, held in errors.items()}
         self.hidden_errors_ = {name: float(miss.square().mean().sqrt()) for name, miss in missed.items()}
-        self._other = min(others, key=lambda name: self.hidden_errors_[name], default="graphtrss")
+        self._other = min(others, key=lambda name: self.hidden_errors_[name])
         nodes, times = torch.cat(where).unbind(1)
         self.weight_ = blend_weight(missed["graphtrss"], missed[self._other], nodes, times)
         self.method_ = {0.0: "graphtrss", 1.0: self._other}.get(self.weight_, "blend")
@@ -315,7 +313,7 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
     def _fill(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.method_ != "blend":
             return self._fill_by(self.method_, x, mask)
-        return torch.lerp(*(self._fill_by(name, x, mask) for name in ("graphtrss", self._other)), self.weight_)
+        return torch.lerp(self._graphtrss(x, mask, self.alpha_), self._fill_by(self._other, x, mask), self.weight_)
 
     def _fill_by(self, name: str, x: Tensor, mask: Tensor) -> Tensor:
         if name == "timegnn" and self._network_fill is not None:

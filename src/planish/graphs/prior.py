@@ -149,13 +149,12 @@ class _System:
         p, c = self.charges(theta)
         if affordable(*self.y.shape):
             alpha, epsilon, beta, gamma, d0, d1 = theta.double().exp()[:6]
-            levels, vectors = self.levels.double(), self.vectors.double()
+            levels = self.levels.double()
             r = torch.exp(-d0 - d1 * levels)
             # (1) with gamma = 1, but right at the frequency at which the samples begin to tell nothing
             between = 2 - 2 * math.cos(math.pi * float(self.density))
             charge = alpha * (levels + epsilon) ** beta * ((1 - r) ** 2 + r * between) ** (gamma - 1)
-            fixed, changes = ((vectors * part) @ vectors.T for part in (charge * (1 - r) ** 2, charge * r))
-            return TimeBlocks(self.seen > 0, fixed, changes).solve
+            return TimeBlocks(self.seen > 0, self.vectors, charge * (1 - r) ** 2, charge * r).solve
 
         def rough(v: Tensor) -> Tensor:
             s, f = self.spectra(v)

@@ -162,14 +162,9 @@ def _by_blocks(
     differences between nodes are charged, has a charge in the solution that the system has not.
     """
     levels, vectors = (part.double() for part in smoothness.basis())
-    changes = alpha * (levels + smoothness.epsilon) ** smoothness.beta + temporal
-
-    def matrix(charge: Tensor) -> Tensor:
-        return (vectors * charge) @ vectors.T
-
-    fixed, change, seen = matrix(spatial * levels), matrix(changes), mask.to(levels)
-    floors = (_FREE * charge.max() for charge in (spatial * levels, changes))
-    blocks = TimeBlocks(mask, *(matrix(c.maximum(f)) for c, f in zip((spatial * levels, changes), floors, strict=True)))
+    charges = spatial * levels, alpha * (levels + smoothness.epsilon) ** smoothness.beta + temporal
+    fixed, change = ((vectors * charge) @ vectors.T for charge in charges)
+    blocks, seen = TimeBlocks(mask, vectors, *(c.maximum(_FREE * c.max()) for c in charges)), mask.to(levels)
     unseen = ~mask.any(1) if not spatial else torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
 
     def level(v: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def test_the_imputer(method):
 
 
 def test_auto_blends_what_it_says():
-    table, gaps, w = sensors()
+    _, gaps, w = sensors()
     seen = ~np.isnan(gaps)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("planish.graphs.imputer.blend_weight", lambda *_: 0.25)
