@@ -21,8 +21,11 @@ from planish.statespace import LinearGaussian, ffbs, kalman, paris, parisian_gib
 
 VERSION = 1
 BIAS = "sum of x_t x_{t+1}, 51 steps: 200 particle moves a step"
-BY_SWEEP = "bias by sweep, 20 particles; sweep 0 is the first pass"
 Piece = dict[str, list[float]]
+
+
+def by_sweep(n: int) -> str:
+    return f"bias by sweep, {n} particles; sweep 0 is the first pass"
 
 
 def products(t: int, before: Tensor | None, x: Tensor) -> Tensor:
@@ -90,17 +93,16 @@ def _biases(quick: bool, fresh: bool) -> Iterator[Row]:
         piece = kept(f"{kind}-{n}", lambda k=kind, n=n: _one_pass(k, n, 1200 // few), quick=quick, fresh=fresh)
         name, errors = f"{kind}, N = {n}{said}", piece
         yield from _bias_row(BIAS, name, np.array(errors["errors"]))
-    for n, k, burn_ins in ((20, 10, (0, 4, 7, 8)),):
+    for n, k, burn_ins in ((20, 10, (0, 4, 7, 8)), (25, 8, (0, 3, 6)), (50, 4, (0, 2))):
         piece = kept(f"ppg-{n}-{k}", lambda a=(n, k, 1200 // few): _sweeps(*a), quick=quick, fresh=fresh)
         errors = np.array([piece[f"sweep {i}"] for i in range(k)])
         for k0 in burn_ins:  # k0 conditional sweeps are left out, and the first pass
             name = f"PPG, N = {n}, first pass + {k - 1} sweeps, burn-in {k0}"
             yield from _bias_row(BIAS, name, errors[1 + k0 :].mean(0))
-        if n == 20:
-            for i, row in enumerate(errors):
-                half = 1.96 * float(row.std(ddof=1)) / len(row) ** 0.5
-                mean = float(row.mean())
-                yield Row(BY_SWEEP, f"sweep {i}", "bias", mean, "", low=mean - half, high=mean + half)
+        for i, row in enumerate(errors):
+            half = 1.96 * float(row.std(ddof=1)) / len(row) ** 0.5
+            mean = float(row.mean())
+            yield Row(by_sweep(n), f"sweep {i}", "bias", mean, "", low=mean - half, high=mean + half)
 
 
 def rows(quick: bool, *, fresh: bool = False, **_: object) -> Iterator[Row]:

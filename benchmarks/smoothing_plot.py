@@ -9,7 +9,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.harness import ROOT
-from benchmarks.smoothing import BIAS, BY_SWEEP
+from benchmarks.smoothing import BIAS, by_sweep
 from benchmarks.tables import Results
 
 TARGET = ROOT / "docs" / "papers" / "ppg.svg"
@@ -22,7 +22,7 @@ def main() -> None:
         raise SystemExit("nothing measured yet: `python -m benchmarks smoothing` first")
     plt.rcParams.update({"svg.hashsalt": "planish", "font.size": 9})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
-    found = [row for row in run["rows"] if row["case"] == BY_SWEEP]
+    found = [row for row in run["rows"] if row["case"] == by_sweep(20)]
     sweeps = [int(row["subject"].split()[1]) for row in found]
     values = [abs(row["value"]) for row in found]
     low = [max(0.02, min(abs(row["low"]), abs(row["high"])) if row["low"] * row["high"] > 0 else 0.02) for row in found]

@@ -23,8 +23,10 @@ from planish.graphs import (
     tikhonov,
     to_edges,
 )
+from planish.graphs.blocks import TimeBlocks
 from planish.graphs.chebconv import polynomials
 from planish.graphs.prior import _System
+from planish.graphs.selection import blend_weight, split
 from planish.graphs.time import cosines, frequencies, from_cosines, second_difference
 
 F64 = torch.float64
@@ -204,6 +206,109 @@ def test_graphtrss_solves_its_equations_as_a_dense_solver_does(layout):
     assert torch.allclose(found, exact, atol=1e-8)
 
 
+def few(n=6, m=40):
+    """Values that are all but exact and that hardly anybody saw: where a small residual is far from a solution."""
+    x, mask = table(n, m, density=0.12)
+    mask[4] = False  # one node never
+    mask[:, 7] = False  # one time by nobody
+    return x, mask
+
+
+def test_blocks_are_the_dense_solution():
+    _, mask = few()
+    L, k = laplacian(ring()), differences(40) @ differences(40).T
+    fixed, changes = 1e-3 * L, 1e-4 * (L + 0.05 * torch.eye(6))
+    levels, vectors = torch.linalg.eigh(L)
+    matrix = torch.diag(mask.double().flatten()) + torch.kron(fixed, torch.eye(40)) + torch.kron(changes, k)
+    right = torch.randn(6, 40, generator=drawn(3), dtype=F64)
+    exact = torch.linalg.solve(matrix, right.flatten()).view(6, 40)
+    found = TimeBlocks(mask, vectors, 1e-3 * levels.clamp_min(0), 1e-4 * (levels + 0.05)).solve(right)
+    assert torch.allclose(found, exact, rtol=1e-6, atol=1e-6)
+    alone = TimeBlocks(mask, torch.eye(6), torch.zeros(6), torch.zeros(6)).solve(
+        mask * right
+    )  # nothing ties what nobody saw
+    assert torch.allclose(alone, mask * right, atol=1e-10)
+
+
+def test_graphtrss_is_solved_where_a_small_residual_says_little():
+    (x, mask), power = few(), LaplacianPower(laplacian(ring()), 0.05)
+    alpha = 1e-6
+    found = graph_trss(x, mask, power, alpha=alpha)
+    s, k = power.laplacian + 0.05 * torch.eye(6), differences(40) @ differences(40).T
+    assert (mask * (found - x) + alpha * s @ found @ k).abs().max() < 1e-9 * x.abs().max()
+    free = torch.zeros(6, 40, dtype=F64)
+    free[4] = 1  # only the level of the node that was never seen is free
+    matrix = torch.diag(mask.double().flatten()) + alpha * torch.kron(s, k) + 1e-3 * torch.outer(*2 * (free.flatten(),))
+    exact = torch.linalg.solve(matrix, (mask * x).flatten()).view(6, 40)
+    gap = (found - exact)[mask.any(1)]
+    assert gap.abs().max() < 1e-5
+    gap = (found - exact)[4]
+    assert (gap - gap.mean()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("weights", [(1e-3, 0.0, 0.0), (0.0, 1e-3, 0.0), (0.0, 0.0, 0.1), (1e3, 1e-4, 0.0)])
+def test_what_is_free_is_no_trouble(weights):
+    """Without epsilon a time that nobody saw is free, and so is the level of a node that nobody saw."""
+    (x, mask), L = few(), laplacian(ring())
+    alpha, spatial, temporal = weights
+    power = LaplacianPower(L, 0.0)
+    found = graph_trss(x, mask, power, alpha=alpha, spatial=spatial, temporal=temporal)
+    k = differences(40) @ differences(40).T
+    left = mask * (found - x) + alpha * L @ found @ k + spatial * L @ found + temporal * found @ k
+    assert left.abs().max() < 1e-7 * x.abs().max() * max(weights[0], 1)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("gamma", [0.6, 1.0, 1.7])
+def test_the_prior_is_the_dense_solution(gamma):
+    (x, mask), power = few(), LaplacianPower(laplacian(ring()), 0.05)
+    prior = SmoothnessPrior(1e-5, beta=0.7, gamma=gamma, periods=(6.0,))
+    system = _System(x, mask, power, prior.periods)
+    p, c = system.charges(prior._theta(x))
+
+    def column(v):
+        spectrum, inside = system.spectra(v.view(6, 40))
+        return (system.seen * v.view(6, 40) + system.signals(p * spectrum, c * inside)).flatten()
+
+    matrix = torch.stack([column(v) for v in torch.eye(240, dtype=F64)], 1)
+    exact = system.level + torch.linalg.solve(matrix, system.y.flatten()).view(6, 40)
+    assert torch.allclose(prior.fill(x, mask, power, tol=1e-12), exact, atol=1e-6)
+
+
+def test_parts_are_a_partition():
+    _, mask = table()
+    parts = split(mask, 4, generator=drawn())
+    assert torch.equal(sum(part.long() for part in parts), mask.long())
+    sizes = [int(part.sum()) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_blend_is_never_worse_on_what_chose_it():
+    nodes, times = torch.meshgrid(torch.arange(12), torch.arange(60), indexing="ij")
+    nodes, times = nodes.flatten(), times.flatten()
+    for seed in range(20):
+        base, own = torch.randn(2, 720, generator=drawn(seed), dtype=F64)
+        other = base * (seed / 15) + own * torch.rand((), generator=drawn(seed + 99)) * 1.2
+        w = blend_weight(base, other, nodes, times)
+        assert 0 <= w <= 1
+        assert torch.lerp(base, other, w).square().sum() <= base.square().sum() * (1 + 1e-12)
+        assert blend_weight(7 * base, 7 * other, nodes, times) == pytest.approx(w, abs=1e-12)
+        turn = torch.randperm(720, generator=drawn(seed))
+        assert blend_weight(base[turn], other[turn], nodes[turn], times[turn]) == pytest.approx(w, abs=1e-12)
+    assert blend_weight(base, base, nodes, times) == 0
+    assert blend_weight(base, 0 * base, nodes, times) == 1
+
+
+def test_gains_of_one_node_or_of_a_moment_are_no_reason_to_leave():
+    nodes, times = torch.meshgrid(torch.arange(12), torch.arange(60), indexing="ij")
+    nodes, times = nodes.flatten(), times.flatten()
+    base, own = torch.randn(2, 720, generator=drawn(1), dtype=F64)
+    for few in (nodes == 3, times // 3 == 5):
+        trusted, other = torch.where(few, 30 * base, 0.1 * base), torch.where(few, base, own)
+        assert other.square().mean() < 0.1 * trusted.square().mean()  # better by far, but where it counts only here
+        assert blend_weight(trusted, other, nodes, times) == 0
+
+
 def test_all_samples_and_no_weight_give_the_samples():
     x, mask = table()
     everything = torch.ones_like(mask)
@@ -245,7 +350,7 @@ def test_the_gradient_of_learning_is_that_of_finite_differences(monkeypatch):
     monkeypatch.setattr(torch.optim.LBFGS, "step", step)
     solve = _System.solve
     monkeypatch.setattr(
-        _System, "solve", lambda self, t, r, s, tol, n, strict=False: solve(self, t, r, s, 1e-12, 5000, strict=strict)
+        _System, "solve", lambda self, t, r, s, within, n, **how: solve(self, t, r, s, 1e-12, 5000, **how)
     )
     learn_prior(x, mask, power, hidden=hidden, start=start)
 

@@ -17,6 +17,7 @@ from planish.graphs.adjacency import as_adjacency, degrees, knn_graph, laplacian
 from planish.graphs.masks import hide
 from planish.graphs.prior import SmoothnessPrior, find_period, learn_prior
 from planish.graphs.recovery import graph_trss, interpolate_neighbours
+from planish.graphs.selection import blend_weight, split
 from planish.graphs.sobolev import LaplacianPower
 from planish.graphs.time import interpolate_time
 from planish.graphs.timegnn import TimeGNNTraining, fit_timegnn
@@ -29,6 +30,7 @@ __all__ = ["GraphSignalImputer"]
 logger = logging.getLogger("planish")
 _WHERE = "GraphSignalImputer"
 _METHODS = ("auto", "prior", "graphtrss", "timegnn", "tikhonov", "neighbours", "linear")
+_NEAR = 1e-6  # precision of fills
 _ALPHAS = tuple(10.0 ** (e / 2) for e in range(1, -9, -1))
 Array = npt.NDArray[np.float64]
 
@@ -37,9 +39,9 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
     """Fill what sensors of a graph did not see; NaN is a gap, and what was seen stays as it is.
 
     Args:
-        method: "auto" (default): GraphTRSS, unless the learned prior or the network is better on hidden samples by
-            more than chance. "prior", a smoothness prior learned on hidden samples; "graphtrss"; "timegnn";
-            "tikhonov"; "neighbours" and "linear", which are interpolation over the graph and in time.
+        method: "auto" (default): GraphTRSS, blended with the learned prior or the network as far as samples hidden from
+            all of them support it, up to that one alone. "prior", a smoothness prior learned on hidden samples;
+            "graphtrss"; "timegnn"; "tikhonov"; "neighbours" and "linear": interpolation over the graph and in time.
         graph: Adjacency, (N, N), dense or sparse; or coordinates, (N, d) with d other than N, which are joined to
             their nearest neighbours.
         axis: The axis of X along which the nodes lie: 1 (default, a row a time, as scikit-learn has it) or 0.
@@ -57,10 +59,12 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
 
     Attributes:
         filled_: The table of `fit`, without gaps.
-        method_: The method that filled it.
+        method_: The method that filled it; "blend" is one of GraphTRSS and another.
+        weight_: Share of the other in [0, 1]; 0 is GraphTRSS alone. For "auto".
         alpha_: The weight of smoothness in GraphTRSS or Tikhonov's recovery.
         prior_: The learned prior, or None.
         hidden_errors_: Root mean square error on hidden samples of each method tried; the final fill sees these too.
+            For "auto" they are samples on which nothing but `weight_` was chosen.
 
     Raises:
         ValueError: An argument is out of range, or table and graph do not fit.
@@ -127,11 +131,12 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
         self.hidden_errors_: dict[str, float] = {}
         self._network_fill: Tensor | None = None
         self.alpha_ = 1e-3 if self.alpha == "auto" else float(self.alpha)
-        self.method_: str = self.method
+        self.method_: str = "graphtrss" if self.method == "auto" else self.method
+        self.weight_, self._other = 0.0, str(self.method)
         with _shown(self.verbose) as progress:
             if self.method not in {"neighbours", "linear"}:
                 self._choose(x, mask, progress)
-        if self.method_ == "timegnn":
+        if self._other == "timegnn" and self.method_ != "graphtrss":
             self._network_fill = self._train(x, mask, None, self.best_epoch_)
         self.filled_ = self._write(self._fill(x, mask), x, mask)
         self._fitted = (x, mask)
@@ -153,7 +158,7 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
             return self.filled_.copy()
         if len(x) != len(old):
             raise bad(f"{_WHERE}.transform", "X", f"of {len(old)} nodes along axis {self.axis}", tuple(np.shape(X)))
-        if self.method_ == "timegnn":
+        if self._network_fill is not None:
             raise bad(f"{_WHERE}.transform", "X", "the table of `fit`: a network fills no other", tuple(np.shape(X)))
         return self._write(self._fill(x, mask), x, mask)
 
@@ -214,43 +219,58 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
             logger.info("%s: some nodes have no neighbours; each is smoothed in time alone.", _WHERE)
 
     def _choose(self, x: Tensor, mask: Tensor, progress: Callable[[str, int], None]) -> None:
-        """Find alpha, prior, epochs and, if asked, the method, on hidden samples."""
+        """Find alpha, prior and epochs on hidden samples and, for "auto", what to make of them on others."""
         generator = torch.Generator().manual_seed(self.random_state)
         hidden = hide(mask, self.hidden_fraction, generator=generator)
         inside = mask & ~hidden
-        misses: dict[str, Tensor] = {}
-
-        def judge(name: str, fill: Tensor) -> float:
-            misses[name] = (fill - x)[hidden].square()
-            self.hidden_errors_[name] = float(misses[name].mean().sqrt())
-            return self.hidden_errors_[name]
-
-        solve = self._tikhonov if self.method == "tikhonov" else self._graphtrss
-        first = "tikhonov" if self.method == "tikhonov" else "graphtrss"
-        best, since = math.inf, 0
-        fill, guess = x, None
+        solve, first = (self._tikhonov, "tikhonov") if self.method == "tikhonov" else (self._graphtrss, "graphtrss")
+        best, since, fill = math.inf, 0, x
         for i, alpha in enumerate(_ALPHAS if self.alpha == "auto" else (self.alpha_,)):
             progress("alpha", i)
-            guess = solve(x, inside, alpha, guess, 1e-6)
+            guess = solve(x, inside, alpha)
             error = float((guess - x)[hidden].square().mean())
             since += 1
             if error < best:
                 best, self.alpha_, fill, since = error, alpha, guess, 0
-            if since == 2:  # small weights are the slow ones
+            if since == 2:
                 break
-        judge(first, fill)
+        others: dict[str, Tensor] = {}
         if self.method in {"auto", "prior"} and self._power.has_basis:
             start = self._seasoned(x, inside, hidden, fill)
-            self.prior_, guess = learn_prior(
+            self.prior_, others["prior"] = learn_prior(
                 x, mask, self._power, hidden=hidden, start=start, progress=lambda i, _: progress("prior", i)
             )
-            judge("prior", guess)
         elif self.method == "prior":
             raise bad(_WHERE, "graph", "of at most 1,500 nodes for a learned prior", len(x))
         if self.method == "timegnn" or (self.method == "auto" and self.network):
-            judge("timegnn", self._train(x, mask, hidden, None, lambda i, _: progress("timegnn", i)))
-        if self.method == "auto":
-            self.method_ = _chosen(misses)
+            others["timegnn"] = self._train(x, mask, hidden, None, lambda i, _: progress("timegnn", i))
+        for name, guess in ({first: fill} | others).items():
+            self.hidden_errors_[name] = float((guess - x)[hidden].square().mean().sqrt())
+        if self.method == "auto" and others:
+            parts = split(inside, max(2, round(1 / self.hidden_fraction) - 1), generator=generator)
+            self._weigh(x, mask, parts, list(others), progress)
+
+    def _weigh(
+        self, x: Tensor, mask: Tensor, parts: list[Tensor], others: list[str], progress: Callable[[str, int], None]
+    ) -> None:
+        """Find how much of another method to take, on samples on which none was chosen: a part hidden at a time."""
+        errors: dict[str, list[Tensor]] = {name: [] for name in ("graphtrss", *others)}
+        where = []
+        for i, part in enumerate(parts):
+            progress("parts", i)
+            where.append(part.nonzero())
+            for name, held in errors.items():
+                if name == "timegnn":
+                    fill = self._train(x, mask & ~part, None, self.best_epoch_)
+                else:
+                    fill = self._fill_by(name, x, mask & ~part)
+                held.append((fill - x)[part])
+        missed = {name: torch.cat(held) for name, held in errors.items()}
+        self.hidden_errors_ = {name: float(miss.square().mean().sqrt()) for name, miss in missed.items()}
+        self._other = min(others, key=lambda name: self.hidden_errors_[name])
+        nodes, times = torch.cat(where).unbind(1)
+        self.weight_ = blend_weight(missed["graphtrss"], missed[self._other], nodes, times)
+        self.method_ = {0.0: "graphtrss", 1.0: self._other}.get(self.weight_, "blend")
 
     def _seasoned(self, x: Tensor, inside: Tensor, hidden: Tensor, fill: Tensor) -> SmoothnessPrior:
         """Return where a prior starts: with a season, if that is asked for or helps."""
@@ -262,7 +282,7 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
         if self.period != "auto":
             return season
         miss = [
-            float((prior.fill(x, inside, self._power, tol=1e-7) - x)[hidden].square().mean())
+            float((prior.fill(x, inside, self._power, tol=_NEAR) - x)[hidden].square().mean())
             for prior in (plain, season)
         ]
         return season if miss[1] < miss[0] else plain
@@ -280,44 +300,35 @@ class GraphSignalImputer(_base.TransformerMixin, _base.BaseEstimator):  # type: 
             x, mask, self._power, alpha=self.alpha_, hidden=hidden, training=training, stop_after=epochs,
             generator=torch.Generator().manual_seed(self.random_state), progress=progress,
         )  # fmt: skip
-        self.best_epoch_ = fit.best_epoch
+        if hidden is not None:
+            self.best_epoch_ = fit.best_epoch
         return fit.fill.to(x)
 
-    def _graphtrss(
-        self, x: Tensor, mask: Tensor, alpha: float, start: Tensor | None = None, tol: float = 1e-7
-    ) -> Tensor:
-        return graph_trss(x, mask, self._power, alpha=alpha, start=start, tol=tol)
+    def _graphtrss(self, x: Tensor, mask: Tensor, alpha: float) -> Tensor:
+        return graph_trss(x, mask, self._power, alpha=alpha, tol=_NEAR)
 
-    def _tikhonov(
-        self, x: Tensor, mask: Tensor, alpha: float, start: Tensor | None = None, tol: float = 1e-7
-    ) -> Tensor:
-        return graph_trss(
-            x, mask, self._power, alpha=0.0, spatial=alpha, temporal=alpha, start=start, tol=tol, max_iter=20000
-        )
+    def _tikhonov(self, x: Tensor, mask: Tensor, alpha: float) -> Tensor:
+        return graph_trss(x, mask, self._power, alpha=0.0, spatial=alpha, temporal=alpha, tol=_NEAR, max_iter=20000)
 
     def _fill(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.method_ == "timegnn" and self._network_fill is not None:
+        if self.method_ != "blend":
+            return self._fill_by(self.method_, x, mask)
+        return torch.lerp(self._graphtrss(x, mask, self.alpha_), self._fill_by(self._other, x, mask), self.weight_)
+
+    def _fill_by(self, name: str, x: Tensor, mask: Tensor) -> Tensor:
+        if name == "timegnn" and self._network_fill is not None:
             return self._network_fill
-        if self.method_ == "prior" and self.prior_ is not None:
-            return self.prior_.fill(x, mask, self._power, tol=1e-7)
-        if self.method_ == "graphtrss":
+        if name == "prior" and self.prior_ is not None:
+            return self.prior_.fill(x, mask, self._power, tol=_NEAR)
+        if name == "graphtrss":
             return self._graphtrss(x, mask, self.alpha_)
-        if self.method_ == "tikhonov":
+        if name == "tikhonov":
             return self._tikhonov(x, mask, self.alpha_)
-        return interpolate_neighbours(x, mask, self._w) if self.method_ == "neighbours" else interpolate_time(x, mask)
+        return interpolate_neighbours(x, mask, self._w) if name == "neighbours" else interpolate_time(x, mask)
 
     def _write(self, fill: Tensor, x: Tensor, mask: Tensor) -> Array:
         whole: Array = torch.where(mask, x, fill).numpy()
         return whole if self.axis == 0 else np.ascontiguousarray(whole.T)
-
-
-def _chosen(misses: dict[str, Tensor]) -> str:
-    """Return the best method; GraphTRSS unless another is better by two standard errors of the paired difference."""
-    name = min(misses, key=lambda n: float(misses[n].mean()))
-    gain = misses["graphtrss"] - misses[name]
-    if name == "graphtrss" or len(gain) < 2:
-        return "graphtrss"
-    return name if float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain)) else "graphtrss"
 
 
 @contextmanager

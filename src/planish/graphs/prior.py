@@ -23,13 +23,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from planish._support import bad
-from planish.graphs.recovery import check_signals, conjugate_gradients, first_guess, weights_of
+from planish.graphs.blocks import TimeBlocks, affordable
+from planish.graphs.recovery import Linear, check_signals, conjugate_gradients, first_guess, weights_of
 from planish.graphs.sobolev import LaplacianPower
 from planish.graphs.time import cosines, frequencies, from_cosines
 
 _NAMES = ("alpha", "epsilon", "beta", "gamma", "forget", "forget_rough", "mean", "season")
 _REACH = (4.0, 4.0, 1.0, 1.0, 5.0, 5.0, 7.0, 7.0)  # how far learning may move each logarithm
 _CHARGE = 0.02  # of the squared movement; ten times the logarithm of the error stands beside it
+_PRECISION = 1e-3  # of the error on hidden samples, to which fills are solved while learning
 _PEAK = 30.0  # a season stands out of the frequencies around it by this factor
 
 
@@ -92,7 +94,7 @@ class SmoothnessPrior:
             x: Signals, one row a node; only entries of the mask are read.
             mask: Which entries are samples.
             smoothness: Its eigenvectors are used; epsilon and beta are this prior's own.
-            tol: Residual relative to the samples about their mean, in (0, 1); default 1e-8.
+            tol: Estimated error relative to the samples about their mean, in (0, 1); default 1e-8.
             max_iter: Steps at most; default 5000.
 
         Raises:
@@ -101,7 +103,8 @@ class SmoothnessPrior:
         """
         check_signals("SmoothnessPrior.fill", x, mask, smoothness.n_nodes)
         system = _System(x, mask, smoothness, self.periods)
-        return system.level + system.solve(self._theta(x), system.y, system.guess, float(tol), max_iter, strict=True)
+        within = float(tol) * system.scale
+        return system.level + system.solve(self._theta(x), system.y, system.guess, within, max_iter, strict=True)
 
     def _theta(self, like: Tensor) -> Tensor:
         return torch.tensor([math.log(getattr(self, name)) for name in _NAMES]).to(like)
@@ -117,6 +120,7 @@ class _System:
         self.frame = seasonal_frame(x.shape[1], periods).to(x)
         self.level = x[mask].mean()
         self.y = torch.where(mask, x - self.level, 0.0)
+        self.scale = float(self.y[mask].square().mean().sqrt())
         self.guess = first_guess(self.y, mask, weights_of(smoothness.laplacian))
 
     def charges(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,23 +144,46 @@ class _System:
         x: Tensor = self.vectors @ (outside + inside @ self.frame.T)
         return x
 
+    def preconditioner(self, theta: Tensor) -> Linear:
+        """Return nearly the inverse of the system: exact but for gamma, means and seasons if blocks fit, else rough."""
+        p, c = self.charges(theta)
+        if affordable(*self.y.shape):
+            alpha, epsilon, beta, gamma, d0, d1 = theta.double().exp()[:6]
+            levels = self.levels.double()
+            r = torch.exp(-d0 - d1 * levels)
+            # (1) with gamma = 1, but right at the frequency at which the samples begin to tell nothing
+            between = 2 - 2 * math.cos(math.pi * float(self.density))
+            charge = alpha * (levels + epsilon) ** beta * ((1 - r) ** 2 + r * between) ** (gamma - 1)
+            return TimeBlocks(self.seen > 0, self.vectors, charge * (1 - r) ** 2, charge * r).solve
+
+        def rough(v: Tensor) -> Tensor:
+            s, f = self.spectra(v)
+            return self.signals(s / (self.density + p), f / (self.density + c))
+
+        return rough
+
     def solve(
-        self, theta: Tensor, right: Tensor, start: Tensor, tol: float, max_iter: int, *, strict: bool = False
+        self,
+        theta: Tensor,
+        right: Tensor,
+        start: Tensor,
+        within: float,
+        max_iter: int,
+        *,
+        precondition: Linear | None = None,
+        strict: bool = False,
     ) -> Tensor:
-        """Solve the system; unless strict, what was reached after `max_iter` steps will do."""
+        """Solve the system to a root mean square error; unless strict, what `max_iter` steps reach will do."""
         p, c = self.charges(theta)
 
         def apply(v: Tensor) -> Tensor:
             s, f = self.spectra(v)
             return self.seen * v + self.signals(p * s, c * f)
 
-        def precondition(v: Tensor) -> Tensor:
-            s, f = self.spectra(v)
-            return self.signals(s / (self.density + p), f / (self.density + c))
-
+        goal = within * math.sqrt(right.numel())
         return conjugate_gradients(
-            apply, right, start, preconditioner=precondition, tol=tol, max_iter=max_iter,
-            where="SmoothnessPrior.fill", strict=strict,
+            apply, right, start, preconditioner=self.preconditioner(theta) if precondition is None else precondition,
+            residual_goal=goal, error_goal=goal, max_iter=max_iter, where="SmoothnessPrior.fill", strict=strict,
         )[0]  # fmt: skip
 
 
@@ -258,6 +285,7 @@ def learn_prior(
     origin, reach = start._theta(x), torch.tensor(_REACH).to(x)
     moved = torch.zeros_like(origin).requires_grad_()
     fill, adjoint = system.guess, torch.zeros_like(x)
+    error = float((fill + system.level - x)[hidden].square().mean().sqrt())
     best = (math.inf, origin, fill)
     calls = 0
     optimizer = torch.optim.LBFGS(
@@ -266,19 +294,22 @@ def learn_prior(
     )  # fmt: skip
 
     def look() -> Tensor:
-        nonlocal fill, adjoint, best, calls
+        nonlocal fill, adjoint, best, calls, error
         with torch.enable_grad():
             theta = origin + reach * torch.tanh(moved / reach)
         now = theta.detach()
-        fill = system.solve(now, system.y, fill, 1e-6, 300)
+        near = system.preconditioner(now)
+        fill = system.solve(now, system.y, fill, _PRECISION * error, 300, precondition=near)
         miss = torch.where(hidden, fill + system.level - x, 0.0)
         square = miss.square().sum()
-        adjoint = system.solve(now, miss, adjoint, 1e-2, 300)
+        error = math.sqrt(max(float(square), 1e-30) / int(hidden.sum()))
+        rough = float(near(miss).square().mean().sqrt())
+        adjoint = system.solve(now, miss, adjoint, 10 * _PRECISION * rough, 300, precondition=near)
         if float(square) < best[0]:
             best = float(square), now, fill
         calls += 1
         if progress is not None:
-            progress(calls, math.sqrt(float(square) / int(hidden.sum())))
+            progress(calls, error)
         s, f = (a * b for a, b in zip(system.spectra(fill), system.spectra(adjoint), strict=True))
         with torch.enable_grad():
             p, c = system.charges(theta)

@@ -3,8 +3,9 @@ r"""GraphTRSS and other quadratic recoveries: what a signal on a graph was where
     min_X  1/2 |J o (X - Y)|^2 + alpha/2 tr[(X D)' (L + epsilon I)^beta (X D)]
                                + spatial/2 tr(X' L X) + temporal/2 |X D|^2                                    (1)
 
-is a linear system, solved by conjugate gradients. The preconditioner replaces the mask J by its mean, which makes the
-system diagonal in the eigenvectors of the graph and the cosines of time.
+is a linear system, block tridiagonal in time. Where its blocks fit into memory they are eliminated, and conjugate
+gradients only polish; else the preconditioner replaces the mask J by its mean, which makes the system diagonal in the
+eigenvectors of the graph and the cosines of time.
 
 Where nothing ties a value (a node never observed may be moved as a whole for free) it stays where the iteration starts:
 at linear interpolation in time, and for such a node at the mean of its neighbours.
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from planish._support import NotConverged, bad
 from planish.graphs.adjacency import as_adjacency
+from planish.graphs.blocks import TimeBlocks, affordable
 from planish.graphs.sobolev import LaplacianPower
 from planish.graphs.time import cosines, frequencies, from_cosines, interpolate_time, second_difference
 
 Linear = Callable[[Tensor], Tensor]
+_FREE = 1e-9  # least charge in the solution by elimination, of the largest
 
 
 def conjugate_gradients(
@@ -36,32 +39,37 @@ def conjugate_gradients(
     start: Tensor,
     *,
     preconditioner: Linear,
-    tol: float,
+    residual_goal: float,
+    error_goal: float,
     max_iter: int,
     where: str,
     strict: bool = True,
 ) -> tuple[Tensor, int]:
-    """Solve apply(x) = right for a symmetric positive semidefinite map; return x and the steps taken."""
+    """Solve apply(x) = right for a symmetric positive semidefinite map; return x and the steps taken.
+
+    Both norms must reach their goals: the residual's, and that of the preconditioned residual, which estimates the
+    error. A small residual alone says little: smooth moves of values that nobody saw hardly change it.
+    """
     x = start.clone()
     residual = right - apply(x)
-    goal = tol * float(right.norm())
-    if float(residual.norm()) <= goal:
-        return x, 0
     z = preconditioner(residual)
     direction, rho = z, (residual * z).sum()
-    for step in range(1, max_iter + 1):
+    for step in range(max_iter + 1):
+        if float(residual.norm()) <= residual_goal and float(z.norm()) <= error_goal:
+            return x, step
+        if step == max_iter:
+            break
         image = apply(direction)
         size = rho / (direction * image).sum()
         x = x + size * direction
         residual = residual - size * image
-        if float(residual.norm()) <= goal:
-            return x, step
         z = preconditioner(residual)
         rho, before = (residual * z).sum(), rho
         direction = z + (rho / before) * direction
     if not strict:
         return x, max_iter
-    raise NotConverged(f"{where}: the residual is above {tol:g} of the data's norm after {max_iter} steps.", x)
+    goals = f"{residual_goal:.3g} or the error above {error_goal:.3g}"
+    raise NotConverged(f"{where}: the residual is above {goals} after {max_iter} steps.", x)
 
 
 def neighbour_means(x: Tensor, known: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +114,7 @@ def graph_trss(
         spatial: Weight of smoothness over the graph at each time, >= 0; default 0.
         temporal: Weight of the plain square of changes, >= 0; default 0.
         start: Where to start; by default interpolation in time.
-        tol: Residual relative to the samples about their mean, in (0, 1); default 1e-8.
+        tol: Residual and estimated error relative to the samples about their mean, in (0, 1); default 1e-8.
         max_iter: Steps at most; default 5000.
 
     Returns:
@@ -128,6 +136,50 @@ def graph_trss(
     check_signals(where, x, mask, smoothness.n_nodes, alpha=alpha, spatial=spatial, temporal=temporal)
     if not 0 < tol < 1:
         raise bad(where, "tol", "in (0, 1)", tol)
+    if smoothness.has_basis and affordable(*x.shape):
+        kind, x = x.dtype, x.double()
+        apply, precondition = _by_blocks(mask, smoothness, float(alpha), float(spatial), float(temporal))
+    else:
+        kind = x.dtype
+        apply, precondition = _by_frequencies(x, mask, smoothness, float(alpha), float(spatial), float(temporal))
+    level = x[mask].mean()  # no term feels it; without it the tolerance is that of what varies
+    y = torch.where(mask, x - level, 0.0)
+    start = first_guess(y, mask, weights_of(smoothness.laplacian).to(x)) if start is None else start.to(x) - level
+    size = float(y.norm())
+    solved, _ = conjugate_gradients(
+        apply, y, start, preconditioner=precondition, residual_goal=float(tol) * size,
+        error_goal=float(tol) * size * math.sqrt(mask.numel() / int(mask.sum())), max_iter=max_iter, where=where,
+    )  # fmt: skip
+    return (level + solved).to(kind)
+
+
+def _by_blocks(
+    mask: Tensor, smoothness: LaplacianPower, alpha: float, spatial: float, temporal: float
+) -> tuple[Linear, Linear]:
+    """Return the system (1) in float64, and its solution by elimination in time.
+
+    What is free is kept from rounding: the level of a node never seen is projected away, and a time never seen, if only
+    differences between nodes are charged, has a charge in the solution that the system has not.
+    """
+    levels, vectors = (part.double() for part in smoothness.basis())
+    charges = spatial * levels, alpha * (levels + smoothness.epsilon) ** smoothness.beta + temporal
+    fixed, change = ((vectors * charge) @ vectors.T for charge in charges)
+    blocks, seen = TimeBlocks(mask, vectors, *(c.maximum(_FREE * c.max()) for c in charges)), mask.to(levels)
+    unseen = ~mask.any(1) if not spatial else torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+
+    def level(v: Tensor) -> Tensor:
+        return torch.where(unseen[:, None], v - v.mean(1, keepdim=True), v)
+
+    return (
+        lambda v: seen * v + fixed @ v + change @ second_difference(v),
+        lambda r: level(blocks.solve(level(r))),
+    )
+
+
+def _by_frequencies(
+    x: Tensor, mask: Tensor, smoothness: LaplacianPower, alpha: float, spatial: float, temporal: float
+) -> tuple[Linear, Linear]:
+    """Return the system (1), and its solution if each entry were seen as much as the mean of all."""
     seen = mask.to(x)
 
     def apply(v: Tensor) -> Tensor:
@@ -138,19 +190,12 @@ def graph_trss(
             out = out + spatial * (smoothness.laplacian @ v)
         return out + temporal * second_difference(v) if temporal else out
 
-    level = x[mask].mean()  # no term feels it; without it the tolerance is that of what varies
-    y = torch.where(mask, x - level, 0.0)
-    start = first_guess(y, mask, weights_of(smoothness.laplacian)) if start is None else start - level
     levels, turn, back = _graph_basis(smoothness)
     k = frequencies(x.shape[1], x)
     power = (levels + smoothness.epsilon) ** smoothness.beta
     diagonal = mask.double().mean().to(x).clamp_min(1e-12) + alpha * power[:, None] * k
     diagonal = diagonal + spatial * levels[:, None] + temporal * k
-    solved, _ = conjugate_gradients(
-        apply, y, start, tol=float(tol), max_iter=max_iter, where=where,
-        preconditioner=lambda r: back(from_cosines(cosines(turn(r)) / diagonal)),
-    )  # fmt: skip
-    return level + solved
+    return apply, lambda r: back(from_cosines(cosines(turn(r)) / diagonal))
 
 
 def tikhonov(

@@ -153,7 +153,7 @@ def test_what_does_not_converge_says_so_and_hands_over():
     x = torch.rand(3, 40, generator=drawn())
     mask = random_mask(torch.ones_like(x).bool(), 0.4, generator=drawn())
     with pytest.raises(_support.NotConverged, match="graph_trss: the residual is above") as error:
-        graph_trss(x, mask, LaplacianPower(laplacian(torch.ones(3, 3))), max_iter=1)
+        graph_trss(x, mask, LaplacianPower(laplacian(torch.ones(3, 3)), method="chebyshev"), max_iter=1)
     assert error.value.best.shape == x.shape
 
 
@@ -234,6 +234,27 @@ def test_the_imputer(method):
     else:
         again = imputer.transform(later)
         assert again.shape == later.shape and not np.isnan(again).any()
+
+
+def test_auto_blends_what_it_says():
+    _, gaps, w = sensors()
+    seen = ~np.isnan(gaps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planish.graphs.imputer.blend_weight", lambda *_: 0.25)
+        blend = GraphSignalImputer(graph=w).fit(gaps)
+    assert blend.method_ == "blend" and blend.weight_ == 0.25
+    x, mask = torch.tensor(np.where(seen, gaps, 0.0).T), torch.tensor(seen.T)
+    power = LaplacianPower(laplacian(torch.tensor(w)), 0.05)
+    parts = graph_trss(x, mask, power, alpha=blend.alpha_), blend.prior_.fill(x, mask, power)
+    mixed = (0.75 * parts[0] + 0.25 * parts[1]).T.numpy()
+    assert np.allclose(blend.filled_[~seen], mixed[~seen], atol=1e-4)
+    assert np.array_equal(blend.transform(gaps), blend.filled_)
+    assert set(blend.hidden_errors_) == {"graphtrss", "prior"}
+    auto = GraphSignalImputer(graph=w).fit(gaps)
+    assert 0 <= auto.weight_ <= 1
+    assert auto.method_ == {0: "graphtrss", 1: "prior"}.get(auto.weight_, "blend")
+    short = GraphSignalImputer(graph=w).fit(gaps[:4])  # too few samples to say anything
+    assert short.method_ == "graphtrss" and short.weight_ == 0
 
 
 def test_the_imputer_takes_coordinates_and_sparse_graphs():
