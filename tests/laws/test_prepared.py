@@ -3,12 +3,14 @@
 import copy
 import gc
 import threading
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from planish import kernels
 from planish.kernels import cpu, ops
@@ -150,6 +152,51 @@ def test_the_shelf_keeps_one_copy_and_only_while_the_weight_lives():
     del packed
     gc.collect()
     assert len(cpu._shelf._kept) == before
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prepared_weight_is_multiplied_without_the_dispatcher_and_alike(dtype):
+    x, packed, scale, zero, bias = problem(11, 3, 40, 64, 32)
+    x, bias, options = x.to(dtype), bias.to(dtype), {"bits": 4, "group_size": 32, "activation_bits": 16}
+    assert cpu.run_kept(x, packed, scale, zero, bias, **options) is None, "nobody has prepared it yet"
+    for added in (None, bias):
+        for rows in (x, x[0], x[:0], x.view(1, 3, 64), torch.stack([x, x], -1)[..., 0]):
+            y = torch.ops.planish.w4a16(rows, packed, scale, zero, added, **options)
+            kept = cpu.run_kept(rows, packed, scale, zero, added, **options)
+            assert kept.dtype is dtype and torch.equal(kept, y)
+            assert torch.equal(kernels.w4a16(rows, packed, scale, zero, added, **options), y)
+
+
+def test_whatever_does_not_fit_or_is_watched_takes_the_way_of_the_dispatcher():
+    x, packed, scale, zero, bias = problem(12, 3, 40, 64, 32)
+    options = {"bits": 4, "group_size": 32, "activation_bits": 16}
+    y = kernels.w4a16(x, packed, scale, zero, bias, **options)
+    negative = torch.complex(x, -x).conj().imag
+    assert negative.is_neg() and torch.equal(kernels.w4a16(negative, packed, scale, zero, bias, **options), y)
+    batched = torch.vmap(lambda row: kernels.w4a16(row, packed, scale, zero, bias, **options))
+    with warnings.catch_warnings(action="ignore"):  # torch takes the rows one by one, and says so
+        assert torch.equal(batched(x), y)
+    watch = _Watch()
+    with watch:
+        assert torch.equal(kernels.w4a16(x, packed, scale, zero, bias, **options), y)
+    assert "planish.w4a16.default" in watch.seen
+    for wrong in (
+        {"x": torch.zeros(3, 50)}, {"bias": torch.zeros(39)}, {"bits": 8}, {"group_size": 0}, {"activation_bits": 12},
+        {"x": torch.zeros(())}, {"scale": scale[:-1]}, {"zero": zero.int()},
+    ):  # fmt: skip
+        arguments = {"x": x, "packed": packed, "scale": scale, "zero": zero, "bias": bias, **options, **wrong}
+        with pytest.raises(ValueError, match="w4a16"):
+            kernels.w4a16(**arguments)
 
 
 def test_a_zero_point_beyond_four_bits_is_left_to_the_float_kernel():

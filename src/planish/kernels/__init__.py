@@ -123,6 +123,12 @@ def w4a16(
         return ops.w4a16_reference(
             x, packed, scale, zero, bias, bits=bits, group_size=group_size, activation_bits=activation_bits
         )
+    if activation_bits is not None:
+        kept = cpu.run_kept(
+            x, packed, scale, zero, bias, bits=bits, group_size=group_size, activation_bits=activation_bits
+        )
+        if kept is not None:
+            return kept
     y: Tensor = torch.ops.planish.w4a16(
         x, packed, scale, zero, bias, bits=bits, group_size=group_size, activation_bits=activation_bits
     )

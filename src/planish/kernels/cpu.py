@@ -14,6 +14,8 @@ from planish.kernels.checks import check_w4a16
 from planish.kernels.ops import LIBRARY, w4a16_reference
 from planish.kernels.prepared import Prepared, Shelf
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_ROUNDED = frozenset({torch.float32, torch.bfloat16, torch.float16})  # activations that `run_prepared` takes
 _native, absence, isa = _compiled.native, _compiled.absence, _compiled.isa
 _shelf = None if _native is None else Shelf(_native)
 
@@ -63,23 +65,70 @@ def _w4a16(
     )
 
 
+def run_kept(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    activation_bits: int,
+) -> Tensor | None:
+    """Multiply plain tensors by a weight that is prepared already, without the dispatcher; None where that is not it.
+
+    The dispatcher's way into Python and back takes longer than a small product. Nothing that wants to see the op is
+    passed by: compilers and tracers, transforms of functorch, modes, profilers. Arguments that the shelf does not know,
+    or that do not fit, take the other way, to its checks.
+    """
+    if _shelf is None or bits != 4 or activation_bits not in {16, 8} or x.dim() < 1 or _watched():
+        return None
+    if x.dtype not in _ROUNDED or not _plain(x):
+        return None
+    weight = _shelf.kept(packed, scale, zero, x.shape[-1], group_size)
+    if weight is None or weight.data is None:
+        return None
+    if bias is not None and not (_plain(bias) and bias.dtype in _ROUNDED and tuple(bias.shape) == (weight.out,)):
+        return None
+    return run_prepared(x, weight, bias, activation_bits=activation_bits)
+
+
+def _watched() -> bool:
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _plain(t: Tensor) -> bool:
+    return type(t) in _PLAIN and t.is_cpu and t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor())
+
+
 def run_prepared(
     x: Tensor, weight: Prepared, bias: Tensor | None, *, activation_bits: int, threads: int | None = None
 ) -> Tensor:
     """Multiply by a prepared weight; arguments are checked already."""
     if weight.data is None:
         raise bad("planish.kernels", "weight", "one that could be prepared", weight)
-    x_f = x.to(torch.float32).contiguous()
+    given = x.dtype
+    if given is not torch.float32:  # a conversion to the same costs as much as the call into the compiled module
+        x = x.to(torch.float32)
+    x = x.contiguous()
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    y = x_f.new_empty((*x.shape[:-1], weight.out))
+    y = x.new_empty((*x.shape[:-1], weight.out))
     if y.numel() > 0:
         module().linear(
             weight.data.data_ptr(),
             weight.out,
             weight.channels,
             weight.group_size,
-            x_f.data_ptr(),
+            x.data_ptr(),
             x.numel() // weight.channels,
             weight.channels,
             0 if bias is None else bias.data_ptr(),
@@ -87,7 +136,7 @@ def run_prepared(
             activation_bits,
             torch.get_num_threads() if threads is None else threads,
         )
-    return y.to(x.dtype)
+    return y if given is torch.float32 else y.to(given)
 
 
 def run_w4a16(

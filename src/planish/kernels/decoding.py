@@ -13,6 +13,7 @@ from torch import Tensor
 from planish._support import bad
 from planish.kernels import cpu
 from planish.kernels.placing import SCALES, TILE, Arena, Matrix, Slice, check_matrix, reserve, rows_of
+from planish.kernels.prepared import aligned
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 GATES = ("silu", "gelu_tanh", "gelu")
@@ -88,7 +89,7 @@ def encode_rows(weight: Float[Tensor, "rows channels"]) -> tuple[Tensor, Tensor,
         >>> codes.tolist(), scale.tolist(), bool(lost < 1e-2)
         ([[127, -3]], [1.0], True)
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = aligned(weight.numel()).view(torch.int8).view(weight.shape)  # read as a whole for every token
     scale, lost = torch.empty(len(weight)), torch.empty(len(weight))
     for part in torch.arange(len(weight)).split(4096):  # so that no float32 copy of the whole is made
         rows = weight[part].detach().float()

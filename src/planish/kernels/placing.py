@@ -4,8 +4,6 @@ A layer's rows are divided by tiles, so that every thread makes its own outputs 
 one part lie one behind another through all layers: what is fetched ahead at the end of one begins the next.
 """
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,9 +14,9 @@ from torch import Tensor
 from planish._support import bad
 from planish.kernels import cpu
 from planish.kernels.checks import check_w4a16
+from planish.kernels.prepared import aligned
 
 TILE = 32  # rows that kernels take together
-_PAGE = 2 << 20
 SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WHERE = "planish.kernels.NativeDecoder"
 
@@ -63,13 +61,7 @@ class Arena:
         """Allocate what was reserved."""
         if self.size == 0:
             return
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-        room = mmap.mmap(-1, self.size + _PAGE, **private)  # what is shared, as by default, gets small pages
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without large pages
-                room.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(room, dtype=torch.uint8)
-        self.memory = memory[-memory.data_ptr() % _PAGE :][: self.size]
+        self.memory = aligned(self.size)
 
 
 @dataclass(frozen=True)

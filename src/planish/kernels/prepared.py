@@ -3,6 +3,8 @@
 The compiled module streams them; `csrc/linear_layout.h` says what lies in them.
 """
 
+import contextlib
+import mmap
 import weakref
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,6 +16,8 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # ScaleType of
 _MOST_PADDING = 1.5  # of the codes, where a group is not a multiple of eight channels
 _LARGEST_ZERO = 15  # sums of products times the zero point stay within 32 bits
 _MIDDLE = 8
+_PAGE = 2 << 20
+_LARGE = 2 * _PAGE  # bytes from which on large pages are asked for
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ class _Entry:
             return False
         if self.scale.is_still(scale) and self.zero.is_still(zero):
             return True
-        if scale.dtype != self.values[0].dtype or not all(map(torch.equal, self.values, (scale, zero))):
-            return False
+        for held, given in zip(self.values, (scale, zero), strict=True):
+            if (held.dtype, held.device) != (given.dtype, given.device) or not torch.equal(held, given):
+                return False
         self.scale, self.zero = _Seen(scale), _Seen(zero)
         return True
 
@@ -75,13 +80,19 @@ class Shelf:
         self._native = native
         self._kept: dict[int, _Entry] = {}
 
+    def kept(self, packed: Tensor, scale: Tensor, zero: Tensor, channels: int, group_size: int) -> Prepared | None:
+        """Return the weight if it is on the shelf; then these tensors were checked when it came there."""
+        kept = self._kept.get(id(packed))
+        if kept is None or kept.weight.channels != channels or kept.weight.group_size != min(group_size, channels):
+            return None
+        return kept.weight if kept.holds(packed, scale, zero) else None
+
     def find(self, packed: Tensor, scale: Tensor, zero: Tensor, channels: int, group_size: int) -> Prepared:
         """Return the prepared weight, from the shelf or made now; arguments are checked already."""
-        key, size = id(packed), min(group_size, channels)
-        kept = self._kept.get(key)
-        if kept is not None and (kept.weight.channels, kept.weight.group_size) == (channels, size):
-            if kept.holds(packed, scale, zero):
-                return kept.weight
+        kept = self.kept(packed, scale, zero, channels, group_size)
+        if kept is not None:
+            return kept
+        key = id(packed)
         weight = self.make(packed, scale, zero, channels, group_size)
 
         def forget(gone: weakref.ref[Tensor]) -> None:
@@ -121,6 +132,17 @@ class Shelf:
 
 
 def aligned(size: int) -> Tensor:
-    """Return `size` bytes that begin at a multiple of 64."""
-    data = torch.empty(size + 63, dtype=torch.uint8)
-    return data[-data.data_ptr() % 64 :][:size]
+    """Return `size` bytes that begin at a multiple of 64, and of a large page if they fill some: those are read faster.
+
+    The system gives large pages only where it is asked to, and only whole ones.
+    """
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        data = torch.empty(size + 63, dtype=torch.uint8)
+        return data[-data.data_ptr() % 64 :][:size]
+    # private: what is shared, as by default, gets small pages
+    room = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    data = torch.frombuffer(room, dtype=torch.uint8)
+    start = -data.data_ptr() % _PAGE
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        room.madvise(mmap.MADV_HUGEPAGE, start, size // _PAGE * _PAGE)
+    return data[start:][:size]

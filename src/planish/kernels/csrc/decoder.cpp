@@ -11,8 +11,9 @@
 namespace planish {
 namespace {
 
-constexpr int kAtOnce = 64;           // slices in one call
-constexpr std::int64_t kFew = 8;      // rows up to which a team stays together
+constexpr int kAtOnce = 64;             // slices in one call
+constexpr std::int64_t kFew = 8;        // rows up to which a team stays together
+constexpr std::int64_t kHeadRows = 512; // of the head, in one piece of work
 
 void grow(std::vector<float>& buffer, std::int64_t size) {
     if (static_cast<std::int64_t>(buffer.size()) < size) buffer.resize(size);
@@ -24,6 +25,26 @@ void split(int threads, std::int64_t n, F&& fn) {
     const std::int64_t parts = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n));
     parallel(threads, parts, [&](std::int64_t p) { fn(p * n / parts, (p + 1) * n / parts); });
 }
+
+// What a thread reads next, asked for while it has nothing to read: else memory would rest between two products.
+class Ahead {
+  public:
+    void at(const std::vector<Slice>& slices) {
+        if (slices.empty()) return;
+        const Slice& first = slices.front();
+        at_ = static_cast<const char*>(first.weight.data != nullptr ? first.weight.data : first.dense);
+        end_ = at_ + kMost;
+    }
+    void some() {
+        for (int i = 0; i < kLines && at_ < end_; ++i, at_ += 64) __builtin_prefetch(at_, 0, kHint);
+    }
+
+  private:
+    static constexpr std::int64_t kMost = 128 << 10; // bytes of a second-level cache that others use too
+    static constexpr int kLines = 4;                 // at a time: the wait must not become longer by them
+    static constexpr int kHint = 2;                  // into the second-level cache
+    const char *at_ = nullptr, *end_ = nullptr;
+};
 
 std::size_t width(Kind kind) { return kind == Kind::float32 ? 4 : kind == Kind::int8 ? 1 : 2; }
 
@@ -200,18 +221,21 @@ void Decoder::few(const Rows& rows, int threads) {
     };
     parallel(static_cast<int>(std::min<std::int64_t>(threads, parts_)), parts_, [&](std::int64_t me) {
         std::int64_t phase = 0;
+        Ahead ahead;
+        auto together = [&](auto&& work) { team.phase(phase++, me, work, [&] { ahead.some(); }); };
         for (std::size_t l = 0; l < blocks.size(); ++l) {
             const DecoderBlock& b = blocks[l];
             const auto layer = static_cast<std::int64_t>(l);
-            team.phase(phase++, me, [&](std::int64_t p) {
+            ahead.at(b.out[me]);
+            together([&](std::int64_t p) {
                 next(own_[p], made_down_, l > 0 ? blocks[l - 1].after_mlp : Norm{}, b.before_attention, l > 0);
                 multiply(b.qkv[p], own_[p].normed.data(), count, n, qkv_.data(), qkv_width_, rows.activation_bits);
             });
-            team.phase(phase++, me, [&](std::int64_t p) {
+            together([&](std::int64_t p) {
                 for (std::int64_t i = share(p, count * to_turn); i < share(p + 1, count * to_turn); ++i)
                     turn(b, layer, rows, i / to_turn, i % to_turn);
             });
-            team.phase(phase++, me, [&](std::int64_t p) {
+            together([&](std::int64_t p) {
                 const std::int64_t first = share(p, count * shape_.heads), last = share(p + 1, count * shape_.heads);
                 for (std::int64_t i = first; i < last;) {
                     const std::int64_t row = i / shape_.heads, end = std::min(last, (row + 1) * shape_.heads);
@@ -219,15 +243,18 @@ void Decoder::few(const Rows& rows, int threads) {
                     i = end;
                 }
             });
-            team.phase(phase++, me, [&](std::int64_t p) {
+            ahead.at(b.gate_up[me]);
+            together([&](std::int64_t p) {
                 multiply(b.out[p], attended_.data(), count, q, made_.data(), n, rows.activation_bits);
             });
-            team.phase(phase++, me, [&](std::int64_t p) {
+            ahead.at(b.down[me]);
+            together([&](std::int64_t p) {
                 next(own_[p], made_, b.after_attention, b.before_mlp, true);
                 multiply(b.gate_up[p], own_[p].normed.data(), count, n, gates_.data(), 2 * f, rows.activation_bits);
                 for (std::int64_t r = 0; r < count; ++r) gate(rows, r, b.inner[p], b.inner[p + 1]);
             });
-            team.phase(phase++, me, [&](std::int64_t p) {
+            if (l + 1 < blocks.size()) ahead.at(blocks[l + 1].qkv[me]);
+            together([&](std::int64_t p) {
                 multiply(b.down[p], inner_.data(), count, f, made_down_.data(), n, rows.activation_bits);
             });
         }
@@ -303,21 +330,19 @@ float Decoder::approximate(const float* hidden, float* out, float& size, int thr
     for (std::int64_t i = 0; i < n; ++i) squares += static_cast<double>(hidden[i]) * hidden[i];
     size = static_cast<float>(std::sqrt(squares));
     const float length = size;
-    const std::int64_t parts = std::max(1, threads);
-    std::vector<float> least(parts, -std::numeric_limits<float>::infinity());
-    parallel(threads, parts, [&](std::int64_t p) {
-        const std::int64_t first = p * vocab / parts, last_row = (p + 1) * vocab / parts;
-        for (std::int64_t begin = first; begin < last_row; begin += 1024) {
-            const std::int64_t end = std::min(last_row, begin + 1024);
-            math_.dots(head.codes, Kind::int8, hidden, n, begin, end, out);
-            float most = -std::numeric_limits<float>::infinity();
-            for (std::int64_t v = begin; v < end; ++v) {
-                out[v] = out[v] * head.scale[v] + (head.bias == nullptr ? 0.0f : head.bias[v]);
-                const float low = out[v] - head.lost[v] * length;
-                most = low > most ? low : most;
-            }
-            least[p] = std::max(least[p], most);
+    // Rows of a piece are enough to stream, and few enough for threads to end together.
+    const std::int64_t pieces = (vocab + kHeadRows - 1) / kHeadRows;
+    std::vector<float> least(static_cast<std::size_t>(pieces), -std::numeric_limits<float>::infinity());
+    parallel(threads, pieces, [&](std::int64_t p) {
+        const std::int64_t begin = p * kHeadRows, end = std::min(vocab, begin + kHeadRows);
+        math_.dots(head.codes, Kind::int8, hidden, n, begin, end, out);
+        float most = -std::numeric_limits<float>::infinity();
+        for (std::int64_t v = begin; v < end; ++v) {
+            out[v] = out[v] * head.scale[v] + (head.bias == nullptr ? 0.0f : head.bias[v]);
+            const float low = out[v] - head.lost[v] * length;
+            most = low > most ? low : most;
         }
+        least[static_cast<std::size_t>(p)] = most;
     });
     return *std::max_element(least.begin(), least.end());
 }

@@ -219,7 +219,8 @@ template <class Weight>
 PLANISH_INLINE void dots_of(const Weight* w, const float* x, std::int64_t n, std::int64_t first, std::int64_t last,
                             float* y) {
     constexpr int kRows = 4;
-    constexpr std::int64_t kAhead = 8192; // bytes to have under way
+    // The same place of the next four rows, and no less than is to be under way.
+    const std::int64_t ahead = std::max<std::int64_t>(kRows * n, 8192 / static_cast<std::int64_t>(sizeof(Weight)));
     std::int64_t r = first;
     for (; r + kRows <= last; r += kRows) {
         const Weight* row = w + r * n;
@@ -230,7 +231,7 @@ PLANISH_INLINE void dots_of(const Weight* w, const float* x, std::int64_t n, std
             get(x + i, a);
             get(x + i + 16, b);
             for (int k = 0; k < kRows; ++k) {
-                __builtin_prefetch(row + k * n + i + kAhead / sizeof(Weight));
+                __builtin_prefetch(row + k * n + i + ahead);
                 Floats v, u;
                 get(row + k * n + i, v);
                 get(row + k * n + i + 16, u);

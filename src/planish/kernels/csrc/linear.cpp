@@ -1,9 +1,11 @@
 // Preparing, cutting the work among threads, and the portable kernels.
 #include "linear.h"
 
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "isa.h"
 #include "linear_layout.h"
@@ -16,7 +18,6 @@
 namespace planish {
 namespace {
 
-constexpr std::int64_t kRowPanel = 64;          // rows that are rounded, and then met by every tile, at a time
 constexpr std::int64_t kBytesPerThread = 49152; // codes times rows worth waking a second thread
 
 std::uint32_t code(const std::uint32_t* words, std::int64_t k) { return (words[k / 8] >> (4 * (k % 8))) & 15u; }
@@ -164,6 +165,47 @@ std::uint8_t* workspace(std::size_t bytes) {
     return kept.get();
 }
 
+// How many of a thread's tiles are taken.
+struct alignas(64) Tally {
+    std::atomic<std::int64_t> taken{0};
+};
+
+std::int64_t tiles_of(const Product& product) { return (product.weight.out + kTile - 1) / kTile; }
+
+std::int64_t tiles_of(const Product* products, int count) {
+    std::int64_t tiles = 0;
+    for (int p = 0; p < count; ++p) tiles += tiles_of(products[p]);
+    return tiles;
+}
+
+// Some rows of the activation, rounded, and how they meet a tile.
+struct Panel {
+    Kernels kernel;
+    Segments cut;
+    RowLayout layout;
+    std::int64_t most; // rows at a time
+    std::uint8_t* rounded;
+
+    Panel(const Linear& weight, std::int64_t rows, int activation_bits)
+        : kernel(kernels(activation_bits)), cut(weight.in, weight.group_size), layout(cut, activation_bits),
+          most(std::min(rows, kRowPanel)), rounded(workspace(static_cast<std::size_t>(most * layout.bytes))) {}
+
+    void round(const float* x, std::int64_t row) const { kernel.round(x, cut, layout, rounded + row * layout.bytes); }
+
+    // Tile t of all products' tiles times the `count` rows whose results begin at row m.
+    void multiply(const Product* product, std::int64_t t, std::int64_t m, std::int64_t count) const {
+        for (; t >= tiles_of(*product); ++product) t -= tiles_of(*product);
+        const std::uint8_t* data = static_cast<const std::uint8_t*>(product->weight.data);
+        Header header;
+        std::memcpy(&header, data, sizeof header);
+        const Tiles shape(product->weight.out, cut, header.type, header.zeros != 0);
+        const std::int64_t o = t * kTile;
+        kernel.multiply({&cut, &layout, data + sizeof header + t * shape.bytes, &shape, header.type, header.zeros != 0,
+                         product->bias == nullptr ? nullptr : product->bias + o, std::min(kTile, product->weight.out - o),
+                         rounded, count, product->y + m * product->y_stride + o, product->y_stride});
+    }
+};
+
 } // namespace
 
 Kernels portable_kernels(int activation_bits) {
@@ -204,38 +246,21 @@ bool prepared_for(const void* data, std::size_t bytes, std::int64_t out, std::in
 void linear(const Product* products, int count, const float* x, std::int64_t rows, std::int64_t x_stride,
             int activation_bits, int threads) {
     if (count == 0 || rows == 0) return;
-    const Kernels kernel = kernels(activation_bits);
-    const Segments cut(products[0].weight.in, products[0].weight.group_size);
-    const RowLayout layout(cut, activation_bits);
-    std::int64_t tiles = 0, codes = 0;
-    for (int p = 0; p < count; ++p) tiles += (products[p].weight.out + kTile - 1) / kTile;
-    codes = tiles * kTile * cut.units * 4;
-    const std::int64_t panel = std::min(rows, kRowPanel);
-    threads = static_cast<int>(std::min<std::int64_t>(threads, 1 + codes * panel / kBytesPerThread));
-    std::uint8_t* rounded = workspace(static_cast<std::size_t>(panel * layout.bytes));
-    // Parts small enough for threads to share the end evenly, large enough to stream.
-    const std::int64_t step = std::max<std::int64_t>(1, tiles / (threads * 8));
-    for (std::int64_t m = 0; m < rows; m += panel) {
-        const std::int64_t here = std::min(panel, rows - m);
-        parallel(here * cut.in < 65536 ? 1 : threads, here, [&](std::int64_t r) {
-            kernel.round(x + (m + r) * x_stride, cut, layout, rounded + r * layout.bytes);
-        });
-        parallel(threads, threads == 1 ? 1 : (tiles + step - 1) / step, [&](std::int64_t i) {
-            std::int64_t first = threads == 1 ? 0 : i * step, last = threads == 1 ? tiles : std::min(first + step, tiles);
-            for (int p = 0; p < count && last > 0; ++p) {
-                const Product& product = products[p];
-                const std::uint8_t* data = static_cast<const std::uint8_t*>(product.weight.data);
-                Header header;
-                std::memcpy(&header, data, sizeof header);
-                const Tiles shape(product.weight.out, cut, header.type, header.zeros != 0);
-                for (std::int64_t t = std::max<std::int64_t>(first, 0); t < std::min(last, shape.count); ++t) {
-                    const std::int64_t o = t * kTile;
-                    kernel.multiply({&cut, &layout, data + sizeof header + t * shape.bytes, &shape, header.type,
-                                     header.zeros != 0, product.bias == nullptr ? nullptr : product.bias + o,
-                                     std::min(kTile, product.weight.out - o), rounded, here,
-                                     product.y + m * product.y_stride + o, product.y_stride});
-                }
-                first -= shape.count, last -= shape.count;
+    const Panel panel(products[0].weight, rows, activation_bits);
+    const std::int64_t tiles = tiles_of(products, count), codes = tiles * kTile * panel.cut.units * 4;
+    threads = static_cast<int>(std::min<std::int64_t>({threads, 1 + codes * panel.most / kBytesPerThread, tiles}));
+    // A thread's tiles lie in a row, so that it streams them; whoever is done goes on with those of the others.
+    std::vector<Tally> tallies(static_cast<std::size_t>(threads));
+    for (std::int64_t m = 0; m < rows; m += panel.most) {
+        const std::int64_t here = std::min(panel.most, rows - m);
+        parallel(here * panel.cut.in < 65536 ? 1 : threads, here,
+                 [&](std::int64_t r) { panel.round(x + (m + r) * x_stride, r); });
+        for (int p = 0; p < threads; ++p) tallies[p].taken.store(p * tiles / threads, std::memory_order_relaxed);
+        parallel(threads, threads, [&](std::int64_t mine) {
+            for (std::int64_t i = mine; i < mine + threads; ++i) {
+                const std::int64_t p = i % threads, last = (p + 1) * tiles / threads;
+                for (std::int64_t t; (t = tallies[p].taken.fetch_add(1, std::memory_order_relaxed)) < last;)
+                    panel.multiply(products, t, m, here);
             }
         });
     }

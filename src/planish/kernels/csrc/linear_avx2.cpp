@@ -76,7 +76,7 @@ inline __m256 scales(const std::uint8_t* at) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-constexpr std::int64_t kAhead = 8192; // bytes asked for before they are needed: memory answers late, products are quick
+constexpr std::int64_t kAhead = 6144; // bytes asked for before they are needed: memory answers late, products are quick
 
 inline void ask(const std::uint8_t* at) {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
@@ -86,10 +86,10 @@ inline void ask(const std::uint8_t* at) {
 // Eight outputs for each side of one segment times kRows rows, added up in dot[row][side].
 template <int kRows, int kSides>
 inline void dot_wide(const std::uint8_t* codes, const std::uint8_t* q, std::int64_t row_bytes, std::int64_t units,
-                     __m256i (&dot)[kRows][kSides]) {
+                     const std::uint8_t* fetch, __m256i (&dot)[kRows][kSides]) {
     const __m256i nibble = _mm256_set1_epi16(15);
-    for (; units > 0; --units, codes += 128, q += 16) {
-        if constexpr (kRows == 1) ask(codes + kAhead);
+    for (; units > 0; --units, codes += 128, fetch += 128, q += 16) {
+        if constexpr (kRows == 1) ask(fetch);
         for (int side = 0; side < kSides; ++side) {
             const __m256i w = load(codes + 32 * side);
             const __m256i part[4] = {
@@ -106,13 +106,13 @@ inline void dot_wide(const std::uint8_t* codes, const std::uint8_t* q, std::int6
 // The same with bytes. A pair of products is at most 2 * 15 * 127: eight of them fit 16 bits, four units' worth.
 template <int kRows, int kSides>
 inline void dot_narrow(const std::uint8_t* codes, const std::uint8_t* q, std::int64_t row_bytes, std::int64_t units,
-                       __m256i (&dot)[kRows][kSides]) {
+                       const std::uint8_t* fetch, __m256i (&dot)[kRows][kSides]) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     while (units > 0) {
         const std::int64_t run = std::min<std::int64_t>(4, units);
         __m256i sum[kRows][kSides] = {};
-        for (std::int64_t u = 0; u < run; ++u, codes += 128, q += 8) {
-            if constexpr (kRows == 1) ask(codes + kAhead);
+        for (std::int64_t u = 0; u < run; ++u, codes += 128, fetch += 128, q += 8) {
+            if constexpr (kRows == 1) ask(fetch);
             for (int side = 0; side < kSides; ++side) {
                 const __m256i w = load(codes + 32 * side);
                 const __m256i even = _mm256_and_si256(w, nibble);
@@ -139,13 +139,16 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y) {
     const std::int64_t row_bytes = job.layout->bytes, size = scale_size(kType);
     for (std::int64_t first = 0; first < job.outputs; first += 8 * kSides) {
         const std::uint8_t *codes = job.tile + job.tiles->codes + 4 * first, *q = rows;
+        const std::uint8_t* fetch = job.tile + job.tiles->codes + kAhead; // goes evenly through scales and codes
         __m256 total[kRows][kSides] = {};
         for (std::int64_t s = 0; s < job.cut->count; ++s) {
             __m256i dot[kRows][kSides] = {};
             const std::int64_t units = job.cut->segment_units(s);
-            if constexpr (kBits == 16) dot_wide<kRows, kSides>(codes, q, row_bytes, units, dot);
-            else dot_narrow<kRows, kSides>(codes, q, row_bytes, units, dot);
-            codes += units * 128, q += units * kBits;
+            if constexpr (kBits == 16) dot_wide<kRows, kSides>(codes, q, row_bytes, units, fetch, dot);
+            else dot_narrow<kRows, kSides>(codes, q, row_bytes, units, fetch, dot);
+            codes += units * 128, fetch += units * 128, q += units * kBits;
+            if constexpr (kRows == 1) ask(fetch);
+            fetch += job.tiles->beside;
             for (int side = 0; side < kSides; ++side) {
                 const std::int64_t o = s * kTile + first + 8 * side;
                 const __m256 step_of_weight = scales<kType>(job.tile + o * size);

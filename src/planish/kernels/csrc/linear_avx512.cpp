@@ -13,7 +13,7 @@ PLANISH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 namespace planish {
 namespace {
 
-constexpr std::int64_t kAhead = 8192; // bytes asked for before they are needed: memory answers late, products are quick
+constexpr std::int64_t kAhead = 6144; // bytes asked for before they are needed: memory answers late, products are quick
 
 // The largest magnitude of a segment as an integer: not finite from 0x7F800000 on.
 inline std::int32_t largest(const float* x, std::int64_t n) {
@@ -84,9 +84,13 @@ inline __m512 scales(const std::uint8_t* at) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+inline void ask(const std::uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
 // One tile times kRows rows. A single row spreads its sums over two sets of registers: the latency of one would show.
+// As many bytes as the tile has are asked for from `fetch` on, evenly: a distance from the codes alone would leave out, at
+// the turn of a tile, as many bytes as there are scales.
 template <int kBits, int kRows, ScaleType kType>
-void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y, std::int64_t ahead) {
+void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y, const std::uint8_t* fetch) {
     constexpr int kHalves = kBits / 8, kUnit = kBits, kSets = kRows <= 2 ? 2 : 1;
     const std::int64_t row_bytes = job.layout->bytes, size = scale_size(kType);
     const std::uint8_t *codes = job.tile + job.tiles->codes, *scale = job.tile, *zero = job.tile + job.tiles->zeros;
@@ -95,9 +99,9 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y, std::
     __m512 total[kRows][2] = {};
     for (std::int64_t s = 0; s < job.cut->count; ++s) {
         __m512i dot[kSets][kRows][kHalves][2] = {};
-        for (std::int64_t u = job.cut->segment_units(s); u > 0; --u, codes += 128, q += kUnit) {
-            _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(codes + ahead + 64), _MM_HINT_T0);
+        for (std::int64_t u = job.cut->segment_units(s); u > 0; --u, codes += 128, q += kUnit, fetch += 128) {
+            ask(fetch);
+            ask(fetch + 64);
             const __m512i w0 = _mm512_load_si512(codes), w1 = _mm512_load_si512(codes + 64);
             const __m512i even[2] = {_mm512_and_si512(w0, nibble), _mm512_and_si512(w1, nibble)};
             const __m512i odd[2] = {_mm512_and_si512(_mm512_srli_epi16(w0, 4), nibble),
@@ -111,6 +115,9 @@ void multiply_rows(const TileJob& job, const std::uint8_t* rows, float* y, std::
                     }
                 }
         }
+        ask(fetch);
+        if (job.tiles->beside > 64) ask(fetch + 64);
+        fetch += job.tiles->beside;
         for (int side = 0; side < 2; ++side) {
             const __m512 step_of_weight = scales<kType>(scale + (s * kTile + 16 * side) * size);
             __m512i z = _mm512_set1_epi32(8);
@@ -151,9 +158,11 @@ void multiply_typed(const TileJob& job) {
     const std::int64_t turns = (job.count + kMost - 1) / kMost;
     for (std::int64_t turn = 0, m = 0; turn < turns; ++turn) {
         const auto next = [&](auto rows) {
-            // A single turn asks for its own codes, the last of several for those of the next tile.
-            const std::int64_t ahead = turns == 1 ? kAhead : turn + 1 == turns ? job.tiles->bytes : 0;
-            multiply_rows<kBits, rows, kType>(job, job.rows + m * job.layout->bytes, job.y + m * job.y_stride, ahead);
+            // A single turn asks for what comes soon, codes of the same tile from the start; the last of several for the next.
+            const std::int64_t ahead =
+                turns == 1 ? job.tiles->codes + kAhead : turn + 1 == turns ? job.tiles->bytes : 0;
+            multiply_rows<kBits, rows, kType>(job, job.rows + m * job.layout->bytes, job.y + m * job.y_stride,
+                                              job.tile + ahead);
             m += rows;
         };
         switch ((job.count - m + turns - turn - 1) / (turns - turn)) { // as even as can be

@@ -16,6 +16,7 @@ namespace planish {
 
 constexpr std::int64_t kTile = 32;       // outputs side by side: two registers of sixteen
 constexpr std::int64_t kSegment = 1024;  // channels whose sums of products stay within 32 bits, with room
+constexpr std::int64_t kRowPanel = 64;  // rows that are rounded, and then met by every tile, at a time
 constexpr std::int64_t kWide = 32639;    // 127 * 256 + 127: the largest 16-bit code whose two halves are signed bytes
 constexpr std::int64_t kNarrow = 127;
 constexpr float kLeast = 1e-30f;          // a segment whose entries are all smaller counts as zero
@@ -37,6 +38,7 @@ inline std::int64_t scale_size(ScaleType type) { return type == ScaleType::float
 // How a row is cut: groups into equal parts of at most kSegment channels.
 struct Segments {
     std::int64_t in, group_size, parts, part, count, units; // units: eights of channels in a row, padding included
+    std::int64_t even; // this many segments, the first, are whole groups: where they lie is known without a division
     Segments(std::int64_t in, std::int64_t group_size)
         : in(in), group_size(group_size) {
         parts = (group_size + kSegment - 1) / kSegment;
@@ -45,23 +47,29 @@ struct Segments {
         const std::int64_t whole = in / group_size, rest = in % group_size;
         count = whole * parts + (rest + part - 1) / part;
         units = whole * units_of(group_size) + units_of(rest);
+        even = parts == 1 ? whole : 0;
     }
     // Units of n channels of one group.
     std::int64_t units_of(std::int64_t n) const { return n / part * (part / 8) + (n % part + 7) / 8; }
     std::int64_t group(std::int64_t s) const { return s / parts; }
-    std::int64_t begin(std::int64_t s) const { return s / parts * group_size + s % parts * part; }
+    std::int64_t begin(std::int64_t s) const {
+        return s < even ? s * group_size : s / parts * group_size + s % parts * part;
+    }
     std::int64_t end(std::int64_t s) const {
+        if (s < even) return (s + 1) * group_size;
         const std::int64_t group_start = s / parts * group_size;
         return std::min({begin(s) + part, std::min(in - group_start, group_size) + group_start});
     }
-    std::int64_t segment_units(std::int64_t s) const { return (end(s) - begin(s) + 7) / 8; }
+    std::int64_t segment_units(std::int64_t s) const { return s < even ? part / 8 : (end(s) - begin(s) + 7) / 8; }
 };
 
 struct Tiles {
     std::int64_t count, scales, zeros, codes, bytes; // offsets in a tile and bytes of it
+    std::int64_t beside; // bytes of one segment in front of the codes
     Tiles(std::int64_t out, const Segments& cut, ScaleType type, bool with_zeros)
         : count((out + kTile - 1) / kTile), scales(0), zeros(cut.count * kTile * scale_size(type)),
-          codes(up(zeros + (with_zeros ? cut.count * kTile : 0), 64)), bytes(codes + cut.units * kTile * 4) {}
+          codes(up(zeros + (with_zeros ? cut.count * kTile : 0), 64)), bytes(codes + cut.units * kTile * 4),
+          beside(kTile * (scale_size(type) + (with_zeros ? 1 : 0))) {}
 };
 
 // A rounded row: its codes, `unit` bytes for eight channels, then the segments' steps and sums.

@@ -21,12 +21,14 @@ class Team {
 
     std::int64_t parts() const { return parts_; }
 
-    // Member `me` at phase `phase` (0, 1, 2 ... the same for all): work(p) is called once for every part p.
-    template <class F>
-    void phase(std::int64_t phase, std::int64_t me, F&& work) {
+    // Member `me` at phase `phase` (0, 1, 2 ... the same for all): work(p) is called once for every part p, and idle()
+    // again and again by whoever waits.
+    template <class F, class G>
+    void phase(std::int64_t phase, std::int64_t me, F&& work, G&& idle) {
         const std::int64_t enough = (phase + 1) * parts_;
         take(phase, me, work);
         for (int spin = 1; done_.load(std::memory_order_acquire) < enough; ++spin) {
+            idle();
             pause_briefly();
             if (spin % kPatience != 0) continue;
             for (std::int64_t p = 0; p < parts_; ++p) take(phase, p, work);
