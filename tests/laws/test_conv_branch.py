@@ -205,7 +205,9 @@ def test_adapters_are_those_of_the_float_convolution():
     q.remove_lora("style")
     assert torch.equal(q(x), before)
     grouped = conv_of({"groups": 4})
-    with pytest.raises(ValueError, match=r"add_lora: `layer` must be a convolution whose channels are one group; got 4"):
+    with pytest.raises(
+        ValueError, match=r"add_lora: `layer` must be a convolution whose channels are one group; got 4"
+    ):
         QConv(QLinear.of(GRID.encode(weight_of(grouped))), grouped).add_lora("style", down, up)
 
 

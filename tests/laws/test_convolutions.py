@@ -128,7 +128,9 @@ def test_an_image_shares_one_scale_of_activations():
     q = QConv(layer, conv)
     rounded = torch.stack([act.fake(image.flatten()).view_as(image) for image in x])
     torch.testing.assert_close(q(x), q.dequantize()(rounded))
-    with pytest.raises(ValueError, match=r"QConv: `act` must be a grid whose groups divide 4 channels, or a ragged one"):
+    with pytest.raises(
+        ValueError, match=r"QConv: `act` must be a grid whose groups divide 4 channels, or a ragged one"
+    ):
         QConv(QLinear.of(Affine(8, None).encode(weight_of(conv)), act=Affine(8, 3)), conv)
 
 

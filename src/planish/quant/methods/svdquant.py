@@ -294,7 +294,9 @@ def column_tops(site: Site) -> Float[Tensor, "channels"]:
     if site.convolution:
         (conv,) = site.consumers.values()
         groups = cast(int, conv.groups)
-        apart: Tensor = weight_of(conv).unflatten(0, (groups, -1)).unflatten(2, (cast(int, conv.in_channels) // groups, -1))
+        apart: Tensor = (
+            weight_of(conv).unflatten(0, (groups, -1)).unflatten(2, (cast(int, conv.in_channels) // groups, -1))
+        )
         return apart.abs().amax((1, 3)).flatten()
     return torch.stack([w.abs().amax(0) for w in site.weights.values()]).amax(0)
 
