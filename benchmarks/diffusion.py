@@ -74,7 +74,7 @@ SUBJECTS: dict[str, Callable[[], Method] | None] = {
     "W4A4 SVDQuant": lambda: with_branch(16),
     "all W4A4 to nearest": nearest_everywhere,
     "all W4A4 to nearest with zero points": lambda: nearest_everywhere(zero_points=True),
-    "all W4A4 to nearest by image": lambda: nearest_everywhere(image=True),
+    "all W4A4 to nearest by image": lambda: nearest_everywhere(zero_points=True, image=True),
     "all W4A4 smoothed": lambda: everywhere(0),
     "all W4A4 SVDQuant": lambda: everywhere(16),
     "all W4A4 SVDQuant by image": lambda: everywhere(16, convolutions="image"),

@@ -40,7 +40,7 @@ Reference:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -53,9 +53,10 @@ from planish.quant.formats import FP4, Affine, Format, Weight
 from planish.quant.local import home, record
 from planish.quant.low_rank import LowRank, Pair, Problem, checked_rank, solve
 from planish.quant.moments import entering
-from planish.quant.places import joined, places_in
+from planish.quant.places import column_tops, joined, places_in
+from planish.quant.precision import linear
 from planish.quant.rounding import Nearest, act_of, without_sign
-from planish.quant.sites import Site, is_linear, weight_of
+from planish.quant.sites import Site, is_linear
 from planish.quant.spread import SpreadRanks
 from planish.quant.transforms import Chain, Scale, Shift, Transform
 
@@ -143,34 +144,35 @@ class SearchSmooth:
         ((name, conv),) = site.consumers.items()
         seen = joined(list(places_in(site, self.tokens)))
         low, high = seen.low.amin().item(), seen.high.amax().item()
-        site.one_sided = self._sidedness(low, high, method) is not None
+        site.one_sided = self._looks(method) and _reads(low, high) is not None
         act, weight = act_of(site, method), site.weights[name]
-        loss = self._loss(site, method)
+        loss, weigh = self._loss(site, method), self._step(method).weigh
+
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            return linear(a.T.contiguous(), b.T.contiguous()) / len(a)
 
         def judge(scale: Tensor) -> float:
             moved = seen.scaled(scale)
-            d = None if act is None else moved.noise(act)
-            return loss(problem_of(weight * column_scale(conv, scale), moved.rows(), d, self._step(method).weigh))[1]
+            x, d = moved.rows(), None if act is None else moved.noise(act)
+            beside = (None, None) if d is None else (product(x, d), product(d, d))
+            return loss(Problem(weight * column_scale(conv, scale), product(x, x), *beside, weigh))[1]
 
         best = self._best(site, torch.maximum(-seen.low, seen.high).amax(0), judge)
         return None if bool((best == 1).all()) else Scale(best)
 
-    def _sidedness(self, low: float, high: float, method: Method) -> str | None:
-        """Return the activation that inputs of such a range come from, where integers without a sign are wanted."""
-        if not self.unsigned or not method.online or not isinstance(method.act, Affine):
-            return None
-        for name, least in LEAST.items():  # the least value is met wherever some hundred numbers are looked at
-            if 0.97 * least <= -low <= SHIFTS[name] and high > 4 * least:
-                return name
-        return None
+    def _looks(self, method: Method) -> bool:
+        """Return whether inputs that are hardly ever below zero are to be rounded as integers without a sign."""
+        return self.unsigned and method.online and isinstance(method.act, Affine)
 
     def _shift(self, site: Site, method: Method) -> Shift | None:
         """Return the shift of a site whose inputs are never far below zero."""
+        if not self._looks(method):
+            return None
         low = high = 0.0
         for x in entering(site.block, site):
             if len(x):
                 low, high = min(low, x.min().item()), max(high, x.max().item())
-        like, name = next(iter(site.weights.values())), self._sidedness(low, high, method)
+        like, name = next(iter(site.weights.values())), _reads(low, high)
         return None if name is None else Shift(torch.full_like(like[0], SHIFTS[name]))
 
     @staticmethod
@@ -214,16 +216,20 @@ class SearchSmooth:
         return judge
 
 
+def _reads(low: float, high: float) -> str | None:
+    """Return the activation that values of such a range come from, if it is one that ends just below zero."""
+    for name, least in LEAST.items():  # the least value is met wherever some hundred numbers are looked at
+        if 0.97 * least <= -low <= SHIFTS[name] and high > 4 * least:
+            return name
+    return None
+
+
 def sampled(weight: Tensor, x: Tensor, act: Format | None, weigh: str) -> Problem:
     """Return the problem of a site as a few of its tokens pose it."""
-    return problem_of(weight, x, None if act is None else act.fake(x) - x, weigh)
-
-
-def problem_of(weight: Tensor, x: Tensor, d: Tensor | None, weigh: str) -> Problem:
-    """Return the same, given what rounding adds to the tokens."""
     gram = x.T @ x / len(x)
-    if d is None:
+    if act is None:
         return Problem(weight, gram, weigh=weigh)
+    d = act.fake(x) - x
     return Problem(weight, gram, x.T @ d / len(x), d.T @ d / len(x), weigh)
 
 
@@ -287,18 +293,6 @@ def scales(site: Site, top: Float[Tensor, "channels"], alpha: float, beta: float
     s = top.clamp(min=1e-12) ** alpha / columns.clamp(min=1e-12) ** beta
     s = s / (s[alive].amax() * s[alive].amin()).sqrt()
     return torch.where(alive & torch.isfinite(s), s.clamp(1 / _WIDEST, _WIDEST), 1.0)
-
-
-def column_tops(site: Site) -> Float[Tensor, "channels"]:
-    """Return the greatest magnitude of the weights that meet each channel."""
-    if site.convolution:
-        (conv,) = site.consumers.values()
-        groups = cast(int, conv.groups)
-        apart: Tensor = (
-            weight_of(conv).unflatten(0, (groups, -1)).unflatten(2, (cast(int, conv.in_channels) // groups, -1))
-        )
-        return apart.abs().amax((1, 3)).flatten()
-    return torch.stack([w.abs().amax(0) for w in site.weights.values()]).amax(0)
 
 
 def sample(site: Site, tokens: int) -> Float[Tensor, "tokens channels"]:
