@@ -143,11 +143,10 @@ def places_in(site: "Site", count: int) -> Iterator[Places]:
         yield Places.of(cast(nn.Conv2d, conv), batch, each, generator)
 
 
-def column_tops(site: Site) -> Float[Tensor, "channels"]:
+def column_tops(site: "Site") -> Float[Tensor, "channels"]:
     """Return the greatest magnitude of the weights that meet each channel."""
     if site.convolution:
         (conv,) = site.consumers.values()
-        groups = cast(int, conv.groups)
-        apart: Tensor = weight_of(conv).unflatten(0, (groups, -1))
-        return apart.abs().amax((1, 3, 4)).flatten()
+        weight: Tensor = conv.get_parameter("weight").detach()  # (O, C of a group, height, width)
+        return weight.unflatten(0, (cast(int, conv.groups), -1)).abs().amax((1, 3, 4)).flatten()
     return torch.stack([w.abs().amax(0) for w in site.weights.values()]).amax(0)
