@@ -87,7 +87,8 @@ Convolutions: 8 bits on both sides, in W4A8 4 and 8, unless a name says more. "B
 convolution has one scale an image.
 """
 MODELS = {"dit": "digits, transformer", "unet": "digits, U-Net"}
-ONLY = {name: "unet" for name in SUBJECTS if name.startswith("all ")}  # elsewhere there are none
+ONLY = {name: (False, True) for name in SUBJECTS if name.startswith("all ")} | {"all W4A4 SVDQuant by image": (False,)}
+"""What the U-Net alone is asked, as elsewhere there are no convolutions: without and with planted outliers."""
 QUICK = ("float", "W4A4 to nearest", "W4A4 SVDQuant")
 
 
@@ -198,7 +199,7 @@ def rows(
         for subject in SUBJECTS:
             if (only is not None and subject not in only) or (quick and subject not in QUICK):
                 continue
-            if ONLY.get(subject, key) != key:
+            if subject in ONLY and (key != "unet" or planted not in ONLY[subject]):
                 continue
             found = piece(key, planted, subject, 2, quick=True) if quick else kept(key, planted, subject, fresh=fresh)
             yield from _shown(case, subject, found)
