@@ -79,7 +79,7 @@ SUBJECTS: dict[str, Callable[[], Method] | None] = {
     "all W4A4 SVDQuant": lambda: everywhere(16),
     "all W4A4 SVDQuant by image": lambda: everywhere(16, convolutions="image"),
     "W8A8 a tensor": lambda: in_segments(patterns=(), sides="off"),
-    "W8A8 a tensor, SegQuant": in_segments,
+    "W8A8 a tensor SegQuant": in_segments,
 }
 """Methods by name; None is the float model.
 
