@@ -15,6 +15,7 @@ from planish.quant.formats import FP4, Affine
 from planish.quant.journal import Journal
 from planish.quant.low_rank import LowRank, moments
 from planish.quant.places import Places, joined
+from planish.quant.schemes import describe, empty_layer
 from planish.quant.sites import Site, weight_of
 from planish.quant.stream import Block
 from planish.quant.transforms import Scale
@@ -231,3 +232,13 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"`0`: `act` must be a grid whose groups divide 3 channels, or a ragged one"):
         own = replace(rtn(bits=4, group_size=None), act=Affine(4, 2))
         quantize(net(), [images()], replace(rtn(bits=4, group_size=16, ragged=True), convolutions=own))
+
+
+@pytest.mark.parametrize("change", [{"channels": 0}, {"channels": "16"}, {"channels": 9}, {"transform": None}], ids=str)
+def test_damaged_channels_are_refused(change):
+    conv = conv_of({"padding": 1}).float()
+    q = QConv(QLinear.of(Affine(4, None).encode(weight_of(conv)), transform=Scale(torch.ones(8))), conv)
+    entry = describe("conv", q)
+    assert entry["channels"] == 8 and "channels" not in describe("conv", QConv(QLinear.of(q.weight), conv))
+    with pytest.raises(CheckpointError, match="`conv`"):
+        empty_layer("conv", entry | change)

@@ -148,5 +148,6 @@ def column_tops(site: "Site") -> Float[Tensor, "channels"]:
     if site.convolution:
         (conv,) = site.consumers.values()
         weight: Tensor = conv.get_parameter("weight").detach()  # (O, C of a group, height, width)
-        return weight.unflatten(0, (cast(int, conv.groups), -1)).abs().amax((1, 3, 4)).flatten()
+        grouped: Tensor = weight.unflatten(0, (cast(int, conv.groups), -1))
+        return grouped.abs().amax((1, 3, 4)).flatten()
     return torch.stack([w.abs().amax(0) for w in site.weights.values()]).amax(0)

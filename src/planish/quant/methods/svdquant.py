@@ -154,8 +154,8 @@ class SearchSmooth:
         def judge(scale: Tensor) -> float:
             moved = seen.scaled(scale)
             x, d = moved.rows(), None if act is None else moved.noise(act)
-            beside = (None, None) if d is None else (product(x, d), product(d, d))
-            return loss(Problem(weight * column_scale(conv, scale), product(x, x), *beside, weigh))[1]
+            cross, noise = (None, None) if d is None else (product(x, d), product(d, d))
+            return loss(Problem(weight * column_scale(conv, scale), product(x, x), cross, noise, weigh))[1]
 
         best = self._best(site, torch.maximum(-seen.low, seen.high).amax(0), judge)
         return None if bool((best == 1).all()) else Scale(best)
@@ -386,7 +386,8 @@ def svdquant(
         search = SearchSmooth(1 if smooth is None else grid, alpha, unsigned=unsigned, fold=fold)
         method = replace(method, transform=search)
     if convolutions:
-        image = isinstance(act, Affine) and convolutions == "image"
-        own = replace(method, act=Affine(act.bits, None, True, ragged, scale_dtype)) if image else True
+        own: bool | Method = True
+        if convolutions == "image" and isinstance(act, Affine):
+            own = replace(method, act=replace(act, group_size=None))
         method = replace(method, convolutions=own)
     return method if budget is None else replace(method, plan=SpreadRanks(budget))
