@@ -31,16 +31,21 @@ BITS = {
     "W4A4": replace(rtn(bits=4, group_size=64), act=Affine(4, group_size=64)),
     "W4A4 SVDQuant": svdquant(),
 }
-PLAIN: dict[str, Any] = {"correction": None, "extrapolate": False}
+VALIDATED = "DPS, as validated"
+ASKED: dict[str, Any] = {"validate": False}
+PLAIN: dict[str, Any] = {"correction": None, "extrapolate": False, **ASKED}
 OURS: dict[str, dict[str, Any]] = {
     "uniform": {"schedule": "uniform", **PLAIN},
-    "uniform, corrected as published": {"schedule": "uniform", "extrapolate": False},
+    "uniform, corrected as published": {"schedule": "uniform", "extrapolate": False, **ASKED},
     "DPS": PLAIN,
-    "DPS, corrected as published": {"extrapolate": False},
-    "DPS, carried on": {"correction": None},
-    "DPS, carried on and corrected": {},
+    "DPS, corrected as published": {"extrapolate": False, **ASKED},
+    "DPS, carried on": {"correction": None, **ASKED},
+    "DPS, carried on and corrected": ASKED,
+    VALIDATED: {},
 }
-FEW = ("uniform", "DPS", "DPS, carried on and corrected")
+KEPT = {"held still": "DPS", "carried on": "DPS, carried on", "corrected": "DPS, carried on and corrected"}
+"""What validation may decide for, and the subject that it then is."""
+FEW = ("uniform", "DPS", "DPS, carried on and corrected", VALIDATED)
 CASES = [  # denoiser, bits, interval, subjects
     *(("dit", bits, 5, tuple(OURS)) for bits in ("float", "W4A8", "W4A4")),
     ("dit", "W4A4 SVDQuant", 5, FEW),
@@ -157,6 +162,8 @@ class Setting:
 
     def pieces(self, seeds: int, samples: int, *, fresh: bool) -> list[dict[str, float]]:
         """Return what each seed's pictures are worth, and what they took."""
+        if self.subject == VALIDATED:
+            return replace(self, subject=self.decision(fresh=fresh)).pieces(seeds, samples, fresh=fresh)
         stem = f"v1 {self} {STEPS} {samples} {_weights(self.name)}"
 
         def make() -> list[dict[str, float]]:
@@ -172,6 +179,17 @@ class Setting:
             return found
 
         found: list[dict[str, float]] = kept("caching", f"{stem} {seeds}", make, fresh=fresh)
+        return found
+
+    def decision(self, *, fresh: bool) -> str:
+        """Return the subject that validation decides for: its pictures are the same, bit for bit."""
+
+        def make() -> str:
+            logger.info("%s", self)
+            return KEPT[plan(self.name, self.bits, self.n, VALIDATED).made_for["kept"]]
+
+        key = f"v1 {self} {STEPS} {FITTED_ON} {_weights(self.name)}"
+        found: str = kept("caching", key, make, fresh=fresh)
         return found
 
 

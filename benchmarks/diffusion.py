@@ -6,7 +6,8 @@ model's picture of the same seed, and by a network that nobody was tuned on: the
 of its features to all real digits. Intervals are those of Student's t over the sampling seeds.
 
 A method is a line in `SUBJECTS`; more can be added from outside. Layers that the papers leave in float (embeddings,
-modulation, the ends) are left by all. Convolutions of the U-Net have their own column in the name.
+modulation, the ends) are left by all. Convolutions of the U-Net have 8 bits, but in rows that say "all": there they
+have what linear layers have, groups of 64 in the weight and groups of 64 channels of a pixel in what enters them.
 
 Every piece (model, method, seed) is kept in the cache, and a run that was interrupted goes on: `--models` chooses
 models, `--only` methods.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from benchmarks import data, digits, harness
 from benchmarks.harness import Row
 from planish.diffusion import SKIP
 from planish.plugins.diffusers import whole
-from planish.quant import Affine, Method, QConv, QLinear, quantize, rtn, svdquant
+from planish.quant import Affine, Method, QConv, QLinear, quantize, rtn, segquant, svdquant
 
 REUSE_MEMORY = True
 SEEDS, SAMPLES, CALIBRATED = 3, 200, 40
@@ -46,6 +47,24 @@ def with_branch(rank: int, **options: Any) -> Method:  # noqa: ANN401
     return whole(svdquant(rank=rank, ragged=True, **options))
 
 
+def everywhere(rank: int, **options: Any) -> Method:  # noqa: ANN401
+    """SVDQuant with groups of 64 in linear layers and convolutions."""
+    return svdquant(rank=rank, ragged=True, **{"convolutions": True} | options)
+
+
+def nearest_everywhere(*, zero_points: bool = False, image: bool = False) -> Method:
+    """Round to nearest on the same grids, if wanted with zero points in all activations."""
+    method = nearest(4, 4, 64)
+    act = replace(cast(Affine, method.act), symmetric=not zero_points)
+    own = replace(method, convolutions=False, act=replace(act, group_size=None)) if image else True
+    return replace(method, act=act, convolutions=own)
+
+
+def in_segments(**options: Any) -> Method:  # noqa: ANN401
+    """SegQuant to nearest, 8 bits and one scale a tensor (of a segment)."""
+    return segquant(calibrator="amax", convolutions=True, **options)
+
+
 SUBJECTS: dict[str, Callable[[], Method] | None] = {
     "float": None,
     "W8A8": lambda: nearest(8, 8, None),
@@ -53,14 +72,23 @@ SUBJECTS: dict[str, Callable[[], Method] | None] = {
     "W4A4 to nearest": lambda: nearest(4, 4, 64),
     "W4A4 smoothed": lambda: with_branch(0),
     "W4A4 SVDQuant": lambda: with_branch(16),
-    "W4A4 to nearest, convolutions too": lambda: nearest(4, 4, 64, convolutions=(4, 4)),
+    "all W4A4 to nearest": nearest_everywhere,
+    "all W4A4 to nearest with zero points": lambda: nearest_everywhere(zero_points=True),
+    "all W4A4 to nearest by image": lambda: nearest_everywhere(zero_points=True, image=True),
+    "all W4A4 smoothed": lambda: everywhere(0),
+    "all W4A4 SVDQuant": lambda: everywhere(16),
+    "all W4A4 SVDQuant by image": lambda: everywhere(16, convolutions="image"),
+    "W8A8 a tensor": lambda: in_segments(patterns=(), sides="off"),
+    "W8A8 a tensor SegQuant": in_segments,
 }
 """Methods by name; None is the float model.
 
-Convolutions: 8 bits on both sides, in W4A8 4 and 8, unless a name says more.
+Convolutions: 8 bits on both sides, in W4A8 4 and 8, unless a name says more. "By image": what enters a
+convolution has one scale an image.
 """
 MODELS = {"dit": "digits, transformer", "unet": "digits, U-Net"}
-ONLY = {"W4A4 to nearest, convolutions too": "unet"}  # elsewhere there are none
+ONLY = {name: (False, True) for name in SUBJECTS if name.startswith("all ")} | {"all W4A4 SVDQuant by image": (False,)}
+"""What the U-Net alone is asked, as elsewhere there are no convolutions: without and with planted outliers."""
 QUICK = ("float", "W4A4 to nearest", "W4A4 SVDQuant")
 
 
@@ -171,7 +199,7 @@ def rows(
         for subject in SUBJECTS:
             if (only is not None and subject not in only) or (quick and subject not in QUICK):
                 continue
-            if ONLY.get(subject, key) != key:
+            if subject in ONLY and (key != "unet" or planted not in ONLY[subject]):
                 continue
             found = piece(key, planted, subject, 2, quick=True) if quick else kept(key, planted, subject, fresh=fresh)
             yield from _shown(case, subject, found)

@@ -21,7 +21,7 @@ rows = [plain]
 for name, settings in {
     "uniform schedule": {"schedule": "uniform", "correction": None, "extrapolate": False},
     "schedule by programming": {"correction": None, "extrapolate": False},
-    "carried on and corrected": {},
+    "carried on where it pays": {},
 }.items():
     plan = fit_cache(model, lambda: draw(1), 5, **settings)
     apply_cache(model, plan)

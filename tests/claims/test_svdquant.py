@@ -235,3 +235,35 @@ def test_a_denoiser_with_outliers_keeps_its_pictures(record_claim):
         quantize(model, calls, method, skip=SKIP)
         found[method.name] = digits.psnr(sample(model, torch.arange(10), steps=6, seed=1), wanted)
     record_claim(found["svdquant"] - found["rtn"], 8.0, "dB")
+
+
+class Residual(nn.Module):
+    """Two residual blocks of a U-Net: norm, SiLU, convolution, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [nn.GroupNorm(4, W), nn.SiLU(), nn.Conv2d(W, W, 3, padding=1)]
+        self.layers = nn.ModuleList(copy.deepcopy(nn.Sequential(*parts, *parts)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.claim("svdquant", "W4A4 convolutions: branch, smoothing and zero points beat rounding to nearest")
+def test_convolutions_gain_as_linear_layers_do(record_claim):
+    torch.manual_seed(0)
+    model = Residual().eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            u, s, v = torch.linalg.svd(module.weight.flatten(1), full_matrices=False)
+            fall = torch.arange(1, len(s) + 1) ** -0.5
+            module.weight.copy_((u * (fall * s.norm() / fall.norm()) @ v).view_as(module.weight))
+    images = [nn.functional.avg_pool2d(noise(4, W, 10, 10, seed=s), 3, 1) * 3 for s in (1, 2, 3)]
+    wanted, found = model(images[2]), []
+    for method in (replace(nearest(), convolutions=True), preset(convolutions=True)):
+        twin = copy.deepcopy(model)
+        quantize(twin, images[:2], method)
+        found.append(-10 * torch.log10((twin(images[2]) - wanted).square().sum()).item())
+    record_claim(found[1] - found[0], 3.0, "dB")

@@ -97,6 +97,21 @@ def test_a_pipeline_comes_back_bit_for_bit_twice(tmp_path, make, part):
     assert same(getattr(opened(tmp_path / "b"), part), getattr(pipeline, part))
 
 
+def test_a_u_net_comes_back_whose_convolutions_have_four_bits_and_a_branch(tmp_path):
+    pipeline = u_net()
+    method = svdquant(group_size=16, rank=3, grid=2, iterations=2, convolutions=True)
+    plugin.quantize_pipeline(pipeline, lambda: draw(pipeline), method)
+    convolutions = [m for m in pipeline.unet.modules() if isinstance(m, QConv)]
+    assert convolutions and all(m.format.bits == m.act.bits == 4 and m.down is not None for m in convolutions)
+    assert any(m.transform is not None for m in convolutions)
+    pictures = draw(pipeline)
+    pipeline.save_pretrained(tmp_path / "a")
+    again = opened(tmp_path / "a")
+    assert same(again.unet, pipeline.unet) and torch.equal(draw(again), pictures)
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / "unet" / WEIGHTS).read_bytes() == (tmp_path / "b" / "unet" / WEIGHTS).read_bytes()
+
+
 def test_what_is_saved_is_small_and_says_what_it_is(kept):
     pipeline, path = kept
     config = json.loads((path / "transformer" / "config.json").read_text(encoding="utf-8"))

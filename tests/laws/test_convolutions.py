@@ -13,6 +13,7 @@ from planish.quant.formats import FP4, Affine
 from planish.quant.journal import Journal
 from planish.quant.rounding import Clip
 from planish.quant.sites import set_weight, weight_of
+from planish.quant.transforms import Scale, Shift
 
 GEOMETRIES = [
     {},
@@ -127,8 +128,10 @@ def test_an_image_shares_one_scale_of_activations():
     q = QConv(layer, conv)
     rounded = torch.stack([act.fake(image.flatten()).view_as(image) for image in x])
     torch.testing.assert_close(q(x), q.dequantize()(rounded))
-    with pytest.raises(ValueError, match=r"QConv: `act` must be a format without groups"):
-        QConv(QLinear.of(Affine(8, None).encode(weight_of(conv)), act=Affine(8, 4)), conv)
+    with pytest.raises(
+        ValueError, match=r"QConv: `act` must be a grid whose groups divide 4 channels, or a ragged one"
+    ):
+        QConv(QLinear.of(Affine(8, None).encode(weight_of(conv)), act=Affine(8, 3)), conv)
 
 
 def test_four_bit_floats_serve_too():
@@ -142,9 +145,12 @@ def test_bad_layers_are_refused():
     conv, grid = nn.Conv2d(4, 16, 3), Affine(4, None)
     with pytest.raises(ValueError, match=r"QConv: `layer` must be 36 -> 16; got '35 -> 16'\."):
         QConv(QLinear.of(grid.encode(torch.randn(16, 35))), conv)
-    low = torch.zeros(2, 36), torch.zeros(16, 2)
-    with pytest.raises(ValueError, match=r"QConv: `layer` must be one without transform and float branch; got"):
-        QConv(QLinear.of(grid.encode(weight_of(conv)), low_rank=low), conv)
+    for transform, sentence in (
+        (Scale(torch.ones(36)), r"QConv: `layer` must be one whose transform scales 4 channels; got 36\."),
+        (Shift(torch.ones(4)), r"QConv: `layer` must be one whose transform is a Scale of its channels; got 'Shift'\."),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            QConv(QLinear.of(grid.encode(weight_of(conv)), transform=transform), conv)
     with pytest.raises(ValueError, match=r"block model, `0`: 27 channels cannot be split in groups of 128"):
         quantize(net(), [images()], replace(rtn(), convolutions=True))
 

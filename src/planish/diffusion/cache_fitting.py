@@ -16,6 +16,10 @@ from planish.diffusion.grouping import StepDistances
 from planish.diffusion.plans import CachePlan
 
 Run = Callable[[], object]
+Place = tuple[str | None, int]
+"""What is corrected: the output of the layer of that name (None: the cached feature) at a call."""
+Fitted = Callable[[Place, Tensor, Tensor, Tensor | None, int], Callable[..., Tensor]]
+"""Returns the correction at a place, given what stands there, what should, how far it went, and the channels' axis."""
 
 
 def known(cost: float) -> float | None:
@@ -96,30 +100,40 @@ def fit_corrections(
     fits: list[ChannelMap | None] = [None] * plan.steps
     outputs: dict[str, list[ChannelMap | None]] = {}
     sums: dict[object, Moments] = {}
-    target: list[Tensor] = []
 
-    def fitted(key: object, x: Tensor, y: Tensor, way: Tensor | None, axis: int) -> ChannelMap:
-        moments = sums.setdefault(key, Moments(folds))
+    def fitted(place: Place, x: Tensor, y: Tensor, way: Tensor | None, axis: int) -> ChannelMap:
+        moments = sums.setdefault(place, Moments(folds))
         if len(x) < folds:
             raise bad("fit_cache", "run", f"a function that draws {folds} samples a batch or more", len(x))
         moments.add(x, y, way, axis=axis)
-        return moments.fit(match)
+        name, step = place
+        into = fits if name is None else outputs.setdefault(name, [None] * plan.steps)
+        into[step] = found = moments.fit(match)
+        return found
+
+    run_along(model, run, cut, plan, reference, fitted)
+    return replace(plan, corrections=fits, outputs=outputs)
+
+
+def run_along(
+    model: nn.Module, run: Run, cut: Cut, plan: CachePlan, reference: nn.Module | None, fitted: Fitted
+) -> None:
+    """Run along the cached trajectory with every call computed, and go on with what `fitted` makes of the cached."""
+    target: list[Tensor] = []
 
     def feature(step: int, branch: Branch, computed: Tensor) -> Tensor:
         if session.full or branch.feature is None:
             return computed
         way = moved(branch) if plan.extrapolate else None
         true = target.pop() if target else computed
-        fits[step] = fitted(step, branch.feature, true, way, cut.axis)
-        return stand_in(branch, fits[step], extrapolate=plan.extrapolate, axis=cut.axis)
+        fit = fitted((None, step), branch.feature, true, way, cut.axis)
+        return stand_in(branch, fit, extrapolate=plan.extrapolate, axis=cut.axis)
 
     def output(name: str, step: int, x: Tensor, out: Tensor, axis: int) -> Tensor:
         exact = twin.get_submodule(name)(x)
         if torch.equal(exact, out):
             return out
-        fit = fitted((name, step), out, exact, None, axis)
-        outputs.setdefault(name, [None] * plan.steps)[step] = fit
-        return fit(out, None, axis=axis)
+        return fitted((name, step), out, exact, None, axis)(out, None, axis=axis)
 
     def ask(step: int, branch: Branch, call: dict[str, Any]) -> None:
         if not session.full:
@@ -145,7 +159,6 @@ def fit_corrections(
         detach(model)
         if reference is not None:
             detach(reference)
-    return replace(plan, corrections=fits, outputs=outputs)
 
 
 def check_free(where: str, model: nn.Module) -> None:

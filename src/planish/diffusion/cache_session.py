@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from planish._support import bad, require
-from planish.diffusion.correction import ChannelMap
 from planish.diffusion.plans import CachePlan
 
 _hooks = require("diffusers.hooks.hooks", "diffusers", "A cache for a denoiser")
@@ -146,7 +145,7 @@ class Session:
         return stand_in(branch, fit, extrapolate=plan.extrapolate, axis=axis)
 
 
-def stand_in(branch: Branch, fit: ChannelMap | None, *, extrapolate: bool, axis: int) -> Tensor:
+def stand_in(branch: Branch, fit: Callable[..., Tensor] | None, *, extrapolate: bool, axis: int) -> Tensor:
     """Return the cached feature, carried on and corrected."""
     x = branch.feature
     assert x is not None  # noqa: S101

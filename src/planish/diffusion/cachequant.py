@@ -21,7 +21,8 @@ a2, b2            ``plan.outputs``                (outputs,) for each step and l
 Differs from the paper: corrections are fitted on the cached trajectory, each as the run that it changes goes by, and
 shrunk to the identity by cross-validation, because a plain fit of few samples costs more than it brings once bits are
 few; a2, b2 act on the layer's whole output, not on the half of its input channels that is cached; a feature may be
-carried on linearly; K may follow from a time budget.
+carried on linearly; K may follow from a time budget. Corrections and carrying on are kept only where samples that were
+held out end nearer (`cache_validation`): what is better at every call need not be better in the end.
 When to use: from some twenty steps on. Models distilled to a few steps have nothing to reuse.
 
 Reference:
@@ -50,6 +51,7 @@ from planish.diffusion.cache_fitting import (
 )
 from planish.diffusion.cache_hooks import attach, detach, find_cut
 from planish.diffusion.cache_session import Branch, Session
+from planish.diffusion.cache_validation import Validation
 from planish.diffusion.correction import Match
 from planish.diffusion.grouping import check_schedule, dps_schedule, schedule_cost, uniform_schedule
 from planish.diffusion.plans import CachePlan
@@ -75,29 +77,35 @@ def fit_cache(
     min_len: int | None = None,
     max_len: int | None = None,
     folds: int = 2,
+    validate: bool = True,
 ) -> CachePlan:
     """Choose which calls of a denoiser run in full and how the others correct what they reuse; changes nothing.
 
     Args:
         model: A transformer or a U-Net of diffusers, quantized or not, without a cache.
         run: Draws one batch of samples with this model, as in `lambda: pipeline(prompts, generator=...)`. Called once
-            to watch the features and once more to fit corrections, which needs two samples a batch or more.
+            to watch the features, once more to fit corrections, which needs two samples a batch or more, and up to four
+            times to validate, which needs twice as many samples and the same noise at every call: torch's own random
+            numbers are given again, a generator of yours must be made anew.
         interval: N: every how many calls one runs in full, on average.
         schedule: "dps", "uniform", or the calls themselves.
         correction: How reused features are fitted; None leaves them as they are.
-        extrapolate: Carry features on as they went between the last two refreshes; not in the paper. By far the better
-            at short intervals; of no use from some ten calls on.
+        extrapolate: Carry features on as they went between the last two refreshes, where that is validated; not in the
+            paper. By far the better at short intervals; of no use from some ten calls on.
         reference: The float model that a quantized `model` was made of: corrections then aim at its features, and
             layers that meet the feature are corrected too.
         check: Draws other samples with this model, from the same noise every time, and returns them: corrections and
-            extrapolation then stay only if they bring these nearer to those without a cache. What is better at every
-            call need not be better in the end.
+            extrapolation then stay only if they bring these nearer to those without a cache. Takes the place of
+            `validate`.
         budget: Seconds for one run, in place of `interval`: as many calls run in full as time allows.
         region: See `CachePlan`.
         branches: See `CachePlan`.
         min_len: See `dps_schedule`.
         max_len: See `dps_schedule`.
         folds: Parts for cross-validation, >= 2.
+        validate: Leave out carrying on and corrections unless samples held out of the fit end nearer to those of a run
+            without a cache (of the `reference`, if there is one), by more than the gain's standard error. Default True;
+            False keeps what is asked for.
 
     Returns:
         The plan, for `apply_cache`.
@@ -131,7 +139,9 @@ def fit_cache(
         groups, steps = groups_within(model, run, cut, branches, budget)
         interval = -(-steps // groups)
     watched = Watched(window=2 * interval if max_len is None else max_len)
-    observe(model, run, cut, Session(branches=branches, watch=watched.feature), watched)
+    validation = Validation(model, run) if validate and check is None else None
+    seen = run if validation is None else validation.watched
+    observe(model, seen, cut, Session(branches=branches, watch=watched.feature), watched)
     if watched.steps == 0:
         raise bad(where, "run", "a function that calls the model", "one that never did")
     if watched.steps <= FEW_STEPS:
@@ -150,6 +160,9 @@ def fit_cache(
         starts, len(table), cut.region, watched.timesteps, watched.shape, branches, extrapolate=extrapolate,
         made_for={"model": type(model).__name__, "cost": known(schedule_cost(table, starts))},
     )  # fmt: skip
+    if validation is not None:
+        plan, kept = validation.decide(cut, plan, correction, reference, folds)
+        correction = correction if kept else None
     if correction is not None:
         plan = fit_corrections(model, run, cut, plan, correction, reference, folds)
     return plan if check is None else checked(model, check, plan)

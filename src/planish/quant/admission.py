@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from planish.quant.conv import is_conv
+from planish.quant.conv import check_pixels, is_conv
 from planish.quant.sites import is_linear, stays_float, weight_of
 from planish.quant.stream import Block
 
@@ -23,9 +23,12 @@ def check_layers(block: Block, skipped: Callable[[str], bool], method: "Method")
         weight = weight_of(module)
         if not torch.isfinite(weight).all():
             raise ValueError(f"{where}, `{name}`: its weight holds NaN or Inf.")
+        own = method.of(is_conv(module))
         try:
-            method.of(is_conv(module)).weight.n_groups(weight.shape[1])
+            own.weight.n_groups(weight.shape[1])
         except ValueError as error:
             raise ValueError(
                 f"{where}, `{name}`: {str(error).removeprefix('Affine: ').removeprefix('FP4: ')}"
             ) from None
+        if is_conv(module):
+            check_pixels(f"{where}, `{name}`", own.act, module)

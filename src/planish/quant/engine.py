@@ -210,9 +210,9 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
     folded: dict[str, bool] = {}
     sites = [site for site in sites if method.convolutions or not site.convolution]
     for site in sites:  # 1. smooth: exact
-        transform = None if site.unseen or site.convolution else method.transform(site, method)
+        transform = fold.wanted(site, method)
         if transform is not None:
-            folded[site.kind] = fold.apply(block, transform, site, online=method.online)
+            folded[site.kind] = fold.apply(block, transform, site, online=method.of(site.convolution).online)
     if any(getattr(step, "sees_clean", False) for step in (method.round, method.refine)):
         block.twin = Block(
             block.name, copy.deepcopy(block.module), block.clean or block.inputs, block.clean_context or block.context,

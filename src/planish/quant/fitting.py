@@ -11,6 +11,7 @@ from planish.quant.experts import Experts, fused_experts
 from planish.quant.layers import QLinear
 from planish.quant.parts import Quantized, Segments, in_place_of
 from planish.quant.sites import weight_of
+from planish.quant.transforms import Scale
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
@@ -71,6 +72,13 @@ def check_place(name: str, there: nn.Module | None, layer: Quantized) -> None:
             f"the model has {found[0]} -> {found[1]} there, the checkpoint {layer.in_features} -> {layer.out_features}"
         )
         raise CheckpointError(f"`{name}`: {sizes}.", "shape")
+    if is_conv(there):
+        try:
+            in_place_of(there, layer)
+        except ValueError as error:
+            raise CheckpointError(f"`{name}`: {error}", "shape") from None
+    elif any(isinstance(p, Scale) and p.scale.numel() != found[0] for p in (getattr(layer, "transform", None),)):
+        raise CheckpointError(f"`{name}`: the checkpoint has a convolution there, the model none.", "shape")
 
 
 def _promised_ties(model: nn.Module) -> list[set[str]]:

@@ -5,13 +5,18 @@ residual reads too, a router, a nonlinearity between the two layers.
 """
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from planish.quant.conv import channel_scale, column_scale, is_conv
 from planish.quant.sites import Site, is_linear, set_weight, weight_of
 from planish.quant.stream import Block
 from planish.quant.transforms import Chain, Permute, Transform
+
+if TYPE_CHECKING:
+    from planish.quant.engine import Method
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative, per token; norms compute in float32 even in float64
 
@@ -78,16 +83,31 @@ def _fold(block: Block, transform: Transform, site: Site) -> bool:
     return False
 
 
+def wanted(site: Site, method: "Method") -> Transform | None:
+    """Return the transform that a method wants for a site; for a convolution only from a step that knows of them."""
+    own = method.of(site.convolution)
+    if site.unseen or (site.convolution and not getattr(own.transform, "spatial", False)):
+        return None
+    return own.transform(site, own)
+
+
 def keep_online(site: Site, transform: Transform) -> None:
     """Let the consumers and readers of a site apply the transform to their input themselves."""
     site.online = transform
+    if site.convolution:
+        (conv,) = site.consumers.values()
+        scale = channel_scale("keep_online", transform)[:, None, None]
+        conv.register_forward_pre_hook(lambda _m, args: (args[0] / scale.to(args[0].dtype), *args[1:]))
+        return
     for module in (*site.consumers.values(), *site.readers.values()):
         module.register_forward_pre_hook(lambda _m, args: (transform(args[0]), *args[1:]))
 
 
 def _change_basis(module: nn.Module, transform: Transform) -> None:
-    """Rewrite a dense layer for the transformed input."""
+    """Rewrite a dense layer, or a convolution whose channels are scaled, for the transformed input."""
     weight = weight_of(module)
+    if is_conv(module):
+        return set_weight(module, weight * column_scale(module, channel_scale("fold", transform)).to(weight.dtype))
     if not transform.linear:
         bias: Tensor | None = getattr(module, "bias", None)
         moved = transform.bias(weight, None if bias is None else bias.detach())
@@ -95,7 +115,7 @@ def _change_basis(module: nn.Module, transform: Transform) -> None:
             bias.copy_(moved)
         elif moved is not None:
             module.bias = nn.Parameter(moved, requires_grad=False)
-    set_weight(module, transform.weight(weight))
+    return set_weight(module, transform.weight(weight))
 
 
 def _ways(transform: Transform, site: Site) -> Iterator[Callable[[], bool]]:

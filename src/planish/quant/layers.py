@@ -295,13 +295,16 @@ class QLinear(nn.Module):
         raw, up = down.to(wide), up.to(wide) * torch.tensor(strength, dtype=wide, device=up.device)
         down, bias = raw, self.bias
         if self.transform is not None:  # a matrix over the raw input becomes one over the transformed one
-            down = self.transform.weight(raw)
+            down = self._rebased(raw)
             if not self.transform.linear:
                 moved = up @ cast(Tensor, self.transform.bias(raw, None))
                 bias = moved if bias is None else bias.to(wide) + moved
         if self.down is not None and self.up is not None:
             down, up = torch.cat([self.down.to(wide), down]), torch.cat([self.up.to(wide), up], 1)
         return down, up, bias
+
+    def _rebased(self, raw: Tensor) -> Tensor:
+        return raw if self.transform is None else self.transform.weight(raw)
 
     def _on_integers(self, x: Tensor) -> bool:
         """Whether the product is one of integers: where there are kernels for it, and nobody wants gradients."""

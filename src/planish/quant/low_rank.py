@@ -9,14 +9,15 @@ With x the input, d = q(x) - x what its own rounding adds, and A = W - C - Q,
 
     E|y - W x|^2 = tr A [xx'] A' - 2 tr A [xd'] Q' + tr Q [dd'] Q'
 
-so that three matrices of moments say all about the data, over every token, and no token is kept.
+so that three matrices of moments say all about the data, over every token, and no token is kept. Of a convolution,
+whose tokens are the patches under its kernel, they are taken over a sample of places: patches overlap.
 
 All layers of a site share one down-projection: they read the same input, and are fitted as one tall matrix.
 
 Legend: O outputs (of all layers of the site), C channels, r rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from planish.quant.compensate import damped
 from planish.quant.formats import SCALE_DTYPES, Format
 from planish.quant.layers import QLinear
 from planish.quant.moments import cross_gram, entering
+from planish.quant.places import places_in
 from planish.quant.precision import HALF, linear
 from planish.quant.rounding import Nearest, act_of
 from planish.quant.sites import Site, rebind, set_weight
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 WEIGHINGS = ("output", "weight")
 _DAMPING = 1e-4  # of the mean square of a channel, where moments are inverted
 _SPARE, _ROUNDS = 8, 3  # of the quick fit within the alternation
+_PLACES = 16  # of a convolution that are looked at, for each column of its weight
 
 
 @dataclass(frozen=True)
@@ -144,16 +147,15 @@ class Problem:
 def moments(site: Site, act: Format | None) -> tuple[Float[Tensor, "channels channels"], Tensor | None, Tensor | None]:
     """Return the means of x x', x d' and d d' over the tokens that enter a site; None for the last two without `act`.
 
+    Of a convolution a token is what lies under the kernel at one place.
+
     Raises:
         RuntimeError: No token enters the site.
     """
     sums: list[Tensor] = []
     count = 0
-    for x in entering(site.block, site):
-        parts = [(x, x)]
-        if act is not None and len(x):
-            d = act.fake(x) - x
-            parts = [(x, x), (x, d), (d, d)]
+    for x, d in _tokens(site, act):
+        parts = [(x, x)] if d is None else [(x, x), (x, d), (d, d)]
         sums = sums or [x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float64) for _ in range(3 if act else 1)]
         for total, (a, b) in zip(sums, parts, strict=False):
             if len(x):
@@ -164,6 +166,17 @@ def moments(site: Site, act: Format | None) -> tuple[Float[Tensor, "channels cha
     dtype = next(iter(site.weights.values())).dtype
     means = [(total / count).to(dtype) for total in sums]
     return (means[0], means[1], means[2]) if act is not None else (means[0], None, None)
+
+
+def _tokens(site: Site, act: Format | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield, batch by batch, the tokens that enter a site and what rounding adds to them."""
+    if not site.convolution:
+        for x in entering(site.block, site):
+            yield x, None if act is None else act.fake(x) - x if len(x) else x
+        return
+    columns = next(iter(site.weights.values())).shape[1]
+    for places in places_in(site, _PLACES * columns):
+        yield places.rows(), None if act is None else places.noise(act)
 
 
 @dataclass(frozen=True)

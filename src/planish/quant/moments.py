@@ -133,7 +133,7 @@ def measure(block: Block, sites: Sequence["Site"]) -> list[Tensor]:
     return outputs
 
 
-class _SeenError(Exception):
+class SeenError(Exception):
     """Raised to leave a block once the wanted input has been seen."""
 
 
@@ -188,10 +188,10 @@ def entering(block: Block, site: "Site") -> Iterator[Float[Tensor, "tokens chann
     def take(x: Tensor) -> None:
         seen.append(x)
         if not site.split:
-            raise _SeenError
+            raise SeenError
 
     for number, (hidden, context) in enumerate(zip(block.inputs, block.context, strict=True)):
-        with watching(site, take, block.keep[number : number + 1]), suppress(_SeenError):
+        with watching(site, take, block.keep[number : number + 1]), suppress(SeenError):
             block.call(hidden, context)
         yield torch.cat(seen) if len(seen) != 1 else seen[0]
         seen.clear()

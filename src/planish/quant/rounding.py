@@ -34,9 +34,10 @@ def layer_of(site: Site, name: str, weight: QTensor, method: "Method") -> QLinea
 
 
 def act_of(site: Site, method: "Method") -> Format | None:
-    """Return the grid of a site's activations: without a sign where a `Shift` raised them above zero."""
+    """Return the grid of a site's activations: with zero points where they are, or were shifted, above zero."""
     parts = () if site.online is None else site.online.modules()
-    return without_sign(method.act) if any(isinstance(part, Shift) for part in parts) else method.act
+    above = site.one_sided or any(isinstance(part, Shift) for part in parts)
+    return without_sign(method.act) if above else method.act
 
 
 def without_sign(act: Format | None) -> Format | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from planish._support import CheckpointError
 from planish.quant import layouts
 from planish.quant.act_formats import Dual, Static, format_from_dict
+from planish.quant.conv import QConv
 from planish.quant.formats import FP4, SCALE_DTYPES, Affine, Format
 from planish.quant.layers import QLinear
 from planish.quant.packing import n_words
@@ -86,6 +87,8 @@ def describe(name: str, layer: Quantized) -> dict[str, Any]:
         made["act"] = layer.act.to_dict()
     if layer.transform is not None:
         made["transform"] = _describe_transform(name, layer.transform)
+        if isinstance(layer, QConv):
+            made["channels"] = layer.in_channels  # which it scales; "in" counts each for every place of the kernel
     if layer.down is not None:
         made["low_rank"] = {"rank": layer.down.shape[0], "dtype": _dtype_name(layer.down)}
     if layer.lora_down is not None:
@@ -173,11 +176,13 @@ def _empty_linear(name: str, entry: object) -> QLinear:
     if bias is not None:
         layer.bias = torch.zeros(entry["out"], dtype=SCALE_DTYPES[bias], device="meta")
     if entry.get("transform") is not None:
-        layer.transform = _empty_transform(name, entry["transform"], entry["in"])
+        layer.transform = _empty_transform(name, entry["transform"], cast(int, entry.get("channels", entry["in"])))
+    if "channels" in entry and not (_count(entry["channels"]) and isinstance(layer.transform, Scale)):
+        raise CheckpointError(f"quantization_config, `{name}`: channels of the layer are damaged.", "unsupported")
     return layer
 
 
-_FIELDS = {"in", "out", "weight", "bias", "act", "transform", "low_rank", "loras"}
+_FIELDS = {"in", "out", "weight", "bias", "act", "transform", "low_rank", "loras", "channels"}
 
 
 def _loras(name: str, entry: object) -> tuple[dict[str, tuple[int, float]], torch.dtype]:

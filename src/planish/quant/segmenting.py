@@ -11,8 +11,7 @@ another sample: ranges and factors that only fit what they were taken from are f
 Legend: T rows (tokens), C channels; for convolutions a row is an image.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from planish.quant.layers import QLinear
 from planish.quant.low_rank import LowRank
 from planish.quant.moments import entering
 from planish.quant.parts import Quantized, Segments, in_place_of, starts
+from planish.quant.places import images
 from planish.quant.rounding import Nearest
 from planish.quant.segments import Cuts, Segment
 from planish.quant.sites import Site, weight_of
@@ -99,7 +99,7 @@ class Pool:
         ends: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
         kept: list[list[Tensor]] = [[], [], []]
         batches = len(site.block.inputs)
-        for x in _images(site) if site.convolution else entering(site.block, site):
+        for x in images(site) if site.convolution else entering(site.block, site):
             if not len(x):
                 continue
             axes = (0, 2, 3) if site.convolution else (0,)
@@ -116,30 +116,6 @@ class Pool:
             low, high = (torch.stack(side) for side in zip(*end, strict=True))
             made.append(cls(low.amin(0), high.amax(0), keep))
         return made[0], made[1], made[2]
-
-
-class _SeenError(Exception):
-    """Raised to leave a block once the wanted input has been seen."""
-
-
-def _images(site: Site) -> Iterator[Float[Tensor, "n c h w"]]:
-    """Yield what enters a convolution, batch by batch, itself instead of its patches."""
-    seen: list[Tensor] = []
-
-    def take(_m: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0] if args[0].ndim == 4 else args[0][None]
-        seen.append(x if x.dtype == torch.float64 else x.float())
-        raise _SeenError
-
-    handle = next(iter(site.consumers.values())).register_forward_pre_hook(take)
-    try:
-        for hidden, context in zip(site.block.inputs, site.block.context, strict=True):
-            with suppress(_SeenError):
-                site.block.call(hidden, context)
-            if seen:
-                yield seen.pop()
-    finally:
-        handle.remove()
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from planish.quant.calls import alike, memory, row_set
 from planish.quant.conv import is_conv
 from planish.quant.experts import Experts, visiting_all
-from planish.quant.moments import Moments
+from planish.quant.moments import Moments, SeenError
 from planish.quant.stream import Block
 from planish.quant.transforms import Transform
 
@@ -45,6 +45,7 @@ class Site:
         tokens: Tokens that each consumer saw, by name; empty unless `split`.
         measured: Statistics of the activation in the float model.
         online: Transform that found no layer to fold into.
+        one_sided: Whether its activation hardly goes below zero, and is to be rounded with zero points.
         verdict: Which way of folding a scale the block's output accepted, -1 for none, None before any was tried.
     """
 
@@ -61,6 +62,7 @@ class Site:
     tokens: dict[str, int] = field(default_factory=dict)
     measured: Moments | None = None
     online: Transform | None = None
+    one_sided: bool = False
     verdict: int | None = None
 
     @property
@@ -371,14 +373,14 @@ class _Trace:
 
         def catch(_m: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(args[0])
-            raise _SeenError
+            raise SeenError
 
         handles = [
             self.modules[producer].register_forward_hook(scale),
             self.modules[consumer].register_forward_pre_hook(catch),
         ]
         try:
-            with suppress(_SeenError):  # the rest of the block is of no interest
+            with suppress(SeenError):  # the rest of the block is of no interest
                 self._run()
         finally:
             for handle in handles:
@@ -388,10 +390,6 @@ class _Trace:
         now = seen[0].reshape(reference.shape)
         twice, same = alike(now, 2 * reference).all(0), alike(now, reference).all(0)
         return twice & ~same if bool((twice | same).all()) else None
-
-
-class _SeenError(Exception):
-    """Raised to leave a block once the wanted input has been seen."""
 
 
 def _reads(module: nn.Module, width: int) -> bool:

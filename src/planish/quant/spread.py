@@ -69,12 +69,12 @@ class SpreadRanks:
                 walk.journal.remember(key, found)
         ranks_by_site = tuple(sorted(found["ranks"].items()))
         findings = {**method.findings, **found}
-        return replace(method, round=replace(step, rank=0, ranks=ranks_by_site), findings=findings)
+        return replace(_ranked(method, step, ranks_by_site), findings=findings)
 
     def _sites(self, walk: Walk, method: Method, step: LowRank) -> list[tuple[str, Tensor, int]]:
         """Return every site's name, what each rank takes from its error, and the bytes of one rank."""
         found = []
-        plain = replace(method, round=replace(step, rank=0, ranks=()))
+        plain = _ranked(method, step, ())
         done: list[tuple[object, list[Tensor]]] = []
         for stream in walk.streams():
             hidden = stream.start(list(done))  # type: ignore[arg-type]
@@ -87,20 +87,28 @@ class SpreadRanks:
                         block.device, stored=block.stored,
                     )  # fmt: skip
                     for site in [rebind(s, twin) for s in sites]:
-                        if site.unseen:
+                        if site.unseen or not isinstance(method.of(site.convolution).round, LowRank):
                             continue
-                        transform = method.transform(site, plain)
+                        transform = fold.wanted(site, plain)
                         if transform is not None:
                             fold.apply(twin, transform, site, online=method.online)
                         weights = list(site.weights.values())
                         # every layer's file holds the site's one down-projection
                         price = step.stored(site).itemsize * sum(w.shape[0] + w.shape[1] for w in weights)
-                        found.append((site.name, _gains(site, plain, step), price))
+                        found.append((site.name, _gains(site, plain.of(site.convolution), step), price))
                 walk.progress("ranks", index + 1, len(stream.modules))
             done.append((stream, hidden))
             if stream.whole:
                 break
         return found
+
+
+def _ranked(method: Method, step: LowRank, ranks: tuple[tuple[str, int], ...]) -> Method:
+    """Return a method, and that of its convolutions, with given ranks and 0 elsewhere."""
+    own = method.convolutions
+    if isinstance(own, Method) and isinstance(own.round, LowRank):
+        own = _ranked(own, own.round, ranks)
+    return replace(method, round=replace(step, rank=0, ranks=ranks), convolutions=own)
 
 
 def _gains(site: Site, method: Method, step: LowRank) -> Float[Tensor, "rank"]:

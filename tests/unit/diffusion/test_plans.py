@@ -28,7 +28,7 @@ def draw(model):
 
 def test_a_plan_lives_in_one_file(tmp_path):
     model = dit()
-    plan = fit_cache(model, lambda: draw(model), 5)
+    plan = fit_cache(model, lambda: draw(model), 5, validate=False)
     plan.save(tmp_path / "plan.safetensors")
     again = CachePlan.load(tmp_path / "plan.safetensors")
     assert again.schedule == plan.schedule and again.region == (1, 2) and again.extrapolate

@@ -20,11 +20,15 @@ r                 ``rank``                           32; 0 to the smaller side o
 alpha, beta       candidates of ``SearchSmooth``     39 of them with ``grid=20``
 ================  =================================  ===========================================
 
+A convolution is a linear layer over patches (`convolutions=True`): factors belong to its input channels, activations
+are rounded a pixel at a time (or an image), and the branch is a convolution to r channels, then one of one pixel.
+
 Differs from the paper: the branch is fitted to the error of the outputs instead of to the weight (`weigh="weight"` is
 the published fit), given the codes in closed form, and starts from nothing as well as from the weight's own largest
 directions. The step of symmetric integers is max / 7.5, not max / 7. Ranks can be spread over the layers under a
 budget of bytes. SiLU is shifted by more than its least value; the published code shifts it by less. Any linear of any
-model is served, weights alone (`act_bits=None`) as well.
+model is served, weights alone (`act_bits=None`) as well. The published code leaves convolutions in 16 bits. What enters
+one behind SiLU is given zero points instead of a shift, as zeros are put around an image.
 
 When to use: activations of four bits, and adapters on top of a quantized model (`QLinear.add_lora`). For weights alone
 see what `docs/papers/svdquant.md` measured first.
@@ -43,12 +47,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from planish._support import bad
+from planish.quant.conv import column_scale
 from planish.quant.engine import Method
 from planish.quant.formats import FP4, Affine, Format, Weight
 from planish.quant.local import home, record
-from planish.quant.low_rank import LowRank, Problem, checked_rank, solve
+from planish.quant.low_rank import LowRank, Pair, Problem, checked_rank, solve
 from planish.quant.moments import entering
-from planish.quant.rounding import Nearest, without_sign
+from planish.quant.places import column_tops, joined, places_in
+from planish.quant.precision import linear
+from planish.quant.rounding import Nearest, act_of, without_sign
 from planish.quant.sites import Site, is_linear
 from planish.quant.spread import SpreadRanks
 from planish.quant.transforms import Chain, Scale, Shift, Transform
@@ -70,7 +77,8 @@ class SearchSmooth:
         tokens: How many tokens a candidate is judged on. Default 1024.
         judge: "module" (default): where several layers share an input, by the output of the smallest module that holds
             them (the attention); "layer": always by the layers' own outputs.
-        unsigned: Shift inputs that lie just above the least value of GELU, SiLU or Mish. Default True.
+        unsigned: Shift inputs that lie just above the least value of GELU, SiLU or Mish; those of convolutions are
+            given zero points. Default True.
         fold: Let the layer before absorb factors where it can. Default False, as published: then adapters trained on
             the float model fit without a change.
 
@@ -88,6 +96,8 @@ class SearchSmooth:
     judge: str = "module"
     unsigned: bool = True
     fold: bool = False
+
+    spatial = True  # of a convolution it returns the factors of channels
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -112,41 +122,82 @@ class SearchSmooth:
 
     def __call__(self, site: Site, method: Method) -> Transform | None:
         """Return the site's transform, or None where it is best left alone."""
+        if site.convolution:
+            return self._of_channels(site, method)
         if not self.fold:
             site.producer = None  # of this site alone: the transform stays at the layers' input
         x = sample(site, self.tokens)
         shift = self._shift(site, method)
         inputs = x if shift is None else shift(x)
         top = inputs.abs().amax(0) if shift is not None else site.moments.amax
-        candidates = [scales(site, top, *pair) for pair in self.exponents()]
-        best = candidates[0]
-        if len(candidates) > 1:
-            judge = self._judge(site, method, inputs, shift)
-            errors = [judge(scale) for scale in candidates]
-            best = candidates[min(range(len(errors)), key=errors.__getitem__)]
+        best = self._best(site, top, self._judge(site, method, inputs, shift))
         parts = ([] if shift is None else [shift]) + ([] if bool((best == 1).all()) else [Scale(best)])
         return None if not parts else parts[0] if len(parts) == 1 else Chain(*parts)
 
+    def _best(self, site: Site, top: Tensor, judge: Callable[[Tensor], float]) -> Tensor:
+        """Return the factors that leave the least error."""
+        candidates = [scales(site, top, *pair) for pair in self.exponents()]
+        return candidates[0] if len(candidates) == 1 else min(candidates, key=judge)
+
+    def _of_channels(self, site: Site, method: Method) -> Scale | None:
+        """Return the factors of a convolution's input channels, judged at a sample of places."""
+        ((name, conv),) = site.consumers.items()
+        seen = joined(list(places_in(site, self.tokens)))
+        low, high = seen.low.amin().item(), seen.high.amax().item()
+        site.one_sided = self._looks(method) and _reads(low, high) is not None
+        act, weight = act_of(site, method), site.weights[name]
+        loss, weigh = self._loss(site, method), self._step(method).weigh
+
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            return linear(a.T.contiguous(), b.T.contiguous()) / len(a)
+
+        def judge(scale: Tensor) -> float:
+            moved = seen.scaled(scale)
+            x, d = moved.rows(), None if act is None else moved.noise(act)
+            cross, noise = (None, None) if d is None else (product(x, d), product(d, d))
+            return loss(Problem(weight * column_scale(conv, scale), product(x, x), cross, noise, weigh))[1]
+
+        best = self._best(site, torch.maximum(-seen.low, seen.high).amax(0), judge)
+        return None if bool((best == 1).all()) else Scale(best)
+
+    def _looks(self, method: Method) -> bool:
+        """Return whether inputs that are hardly ever below zero are to be rounded as integers without a sign."""
+        return self.unsigned and method.online and isinstance(method.act, Affine)
+
     def _shift(self, site: Site, method: Method) -> Shift | None:
-        """Return the shift of a site whose inputs are never far below zero, as integers without a sign want them."""
-        if not self.unsigned or not method.online or not isinstance(method.act, Affine):
+        """Return the shift of a site whose inputs are never far below zero."""
+        if not self._looks(method):
             return None
         low = high = 0.0
         for x in entering(site.block, site):
             if len(x):
                 low, high = min(low, x.min().item()), max(high, x.max().item())
-        for name, least in LEAST.items():  # the least value is met wherever some hundred numbers are looked at
-            if 0.97 * least <= -low <= SHIFTS[name] and high > 4 * least:
-                channels = next(iter(site.weights.values())).shape[1]
-                like = next(iter(site.weights.values()))
-                return Shift(torch.full((channels,), SHIFTS[name], dtype=like.dtype, device=like.device))
-        return None
+        like, name = next(iter(site.weights.values())), _reads(low, high)
+        return None if name is None else Shift(torch.full_like(like[0], SHIFTS[name]))
+
+    @staticmethod
+    def _step(method: Method) -> LowRank:
+        return method.round if isinstance(method.round, LowRank) else LowRank(0)
+
+    def _loss(self, site: Site, method: Method) -> Callable[[Problem], tuple[Tensor, float, Pair | None]]:
+        """Return the function from a site's problem to rounded weights, the error that they leave, and the branch."""
+        step, grid = self._step(method), method.weight
+        rank = checked_rank(step.rank_of(site.name, site.kind), site)
+
+        def loss(problem: Problem) -> tuple[Tensor, float, Pair | None]:
+            if not rank:
+                rounded = grid.fake(problem.weight)
+                return rounded, problem.error(None, rounded), None
+            found, _ = solve(
+                problem, rank, grid.fake, dtype=step.stored(site), iterations=1, exact=False, where=site.name
+            )
+            return found.rounded, found.error, found
+
+        return loss
 
     def _judge(self, site: Site, method: Method, inputs: Tensor, shift: Shift | None) -> Callable[[Tensor], float]:
         """Return the function from factors to the error that they leave."""
-        step = method.round if isinstance(method.round, LowRank) else LowRank(0)
-        rank = checked_rank(step.rank_of(site.name, site.kind), site)
-        grid = method.weight
+        loss, weigh = self._loss(site, method), self._step(method).weigh
         weight = torch.cat(list(site.weights.values()))
         act = without_sign(method.act) if shift is not None else method.act
         module = home(site)[1]
@@ -155,21 +206,22 @@ class SearchSmooth:
             calls = record(site.block, module, self.tokens)
 
         def judge(scale: Tensor) -> float:
-            problem = sampled(weight * scale, inputs / scale, act, step.weigh)
-            if rank:
-                found, _ = solve(
-                    problem, rank, grid.fake, dtype=step.stored(site), iterations=1, exact=False, where=site.name
-                )
-                rounded, error, pair = found.rounded, found.error, (found.branch.down, found.branch.up)
-            else:
-                rounded, pair = grid.fake(problem.weight), None
-                error = problem.error(None, rounded)
+            rounded, error, found = loss(sampled(weight * scale, inputs / scale, act, weigh))
             if calls is None:
                 return error
+            pair = None if found is None else (found.branch.down, found.branch.up)
             parts: list[Transform] = [*([] if shift is None else [shift]), Scale(scale)]
             return _swapped(site, calls.error, rounded, pair, Chain(*parts), act)
 
         return judge
+
+
+def _reads(low: float, high: float) -> str | None:
+    """Return the activation that values of such a range come from, if it is one that ends just below zero."""
+    for name, least in LEAST.items():  # the least value is met wherever some hundred numbers are looked at
+        if 0.97 * least <= -low <= SHIFTS[name] and high > 4 * least:
+            return name
+    return None
 
 
 def sampled(weight: Tensor, x: Tensor, act: Format | None, weigh: str) -> Problem:
@@ -226,14 +278,14 @@ def scales(site: Site, top: Float[Tensor, "channels"], alpha: float, beta: float
 
     Args:
         site: Its weights are looked at.
-        top: max |x| of each channel.
+        top: max |x| of each channel; of a convolution's input channels, a column of whose weight is every place of one.
         alpha: Exponent of the activation.
         beta: Exponent of the weight.
 
     Returns:
         s: all 1 where both exponents are 0 or nothing is alive, and within 1e4 of 1 otherwise.
     """
-    columns = torch.stack([w.abs().amax(0) for w in site.weights.values()]).amax(0).to(top.dtype)
+    columns = column_tops(site).to(top.dtype)
     top, columns = (site.tied(v) for v in (top, columns)) if site.producer is not None else (top, columns)
     alive = (top > 0) & (columns > 0)
     if (alpha == 0 and beta == 0) or not bool(alive.any()):
@@ -276,6 +328,7 @@ def svdquant(
     last: Any = None,  # noqa: ANN401
     correct: float = 0.0,
     dtype: str = "auto",
+    convolutions: bool | str = False,
 ) -> Method:
     """Round weights and activations to four bits, with a float branch of low rank beside them.
 
@@ -301,6 +354,8 @@ def svdquant(
         last: Another for the last residual; `planish.quant.methods.gptq.Compensate()` is the published option.
         correct: See `LowRank`; default 0.
         dtype: In which the branch is stored, see `LowRank`.
+        convolutions: Round convolutions in the same way, their activations in groups of a pixel's channels ("pixel", or
+            True) or with one scale an image ("image"). Default False, as published: they stay in float.
 
     Returns:
         The method.
@@ -316,6 +371,10 @@ def svdquant(
         raise bad("svdquant", "smooth", "'search', a float in [0, 1] or None", smooth)
     if precision not in ("int", "fp4"):
         raise bad("svdquant", "precision", "'int' or 'fp4'", precision)
+    if convolutions not in (False, True, "pixel", "image"):
+        raise bad("svdquant", "convolutions", "a bool, 'pixel' or 'image'", convolutions)
+    if convolutions == "image" and precision == "fp4":
+        raise bad("svdquant", "convolutions", "'pixel' with four-bit floats, whose groups are fixed", convolutions)
     weight: Weight = Affine(bits, group_size, symmetric, ragged, scale_dtype)
     act: Format | None = None if act_bits is None else Affine(act_bits, group_size, True, ragged, scale_dtype)
     if precision == "fp4":
@@ -326,4 +385,9 @@ def svdquant(
         alpha = None if smooth is None or isinstance(smooth, str) else float(smooth)
         search = SearchSmooth(1 if smooth is None else grid, alpha, unsigned=unsigned, fold=fold)
         method = replace(method, transform=search)
+    if convolutions:
+        own: bool | Method = True
+        if convolutions == "image" and isinstance(act, Affine):
+            own = replace(method, act=replace(act, group_size=None))
+        method = replace(method, convolutions=own)
     return method if budget is None else replace(method, plan=SpreadRanks(budget))
