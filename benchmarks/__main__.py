@@ -45,6 +45,7 @@ NAMES = (
 SUITES = {
     ("quant", "bytes"): "branches",
     ("quant", "outliers"): "outliers",
+    ("quant", "ragged"): "ragged",
     ("activations", "time"): "activation_times",
     ("smoothing", "learning"): "smoothing_learning",
     ("smoothing", "time"): "smoothing_times",

@@ -42,7 +42,7 @@ class Size:
     subjects: tuple[str, ...] | None = None
 
 
-FULL = Size((16, 512), (32, 512), ((4, 64), (3, 64), (4, None), (3, None), (4, 128)))
+FULL = Size((16, 512), (32, 512), ((4, 64), (3, 64), (4, None), (3, None)))
 QUICK = Size((4, 128), (4, 128), ((4, 64),), ("rtn", "smoothquant+", "hqq"))
 
 

@@ -107,7 +107,9 @@ def of_layer(
             _write(stand_in, "weight", dense.weight)
             return _write(stand_in, "bias", dense.bias)
         scale = stored(value)
-        weight = (codes(scale) - zero).mul_(scale.to(work)[..., None]).flatten(-2)[..., : layer.in_features]
+        weight = (
+            (codes(scale) - zero).mul_(scale.to(work)[..., None]).flatten(-2)[..., : layer.in_features].contiguous()
+        )
         return _write(stand_in, "weight", weight)
 
     if grouped is not None and not torch.equal(codes(layer.weight_scale), fixed):
