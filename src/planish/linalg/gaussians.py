@@ -38,7 +38,7 @@ def frechet_distance(
 
     Example:
         >>> mu, sigma = torch.zeros(2), torch.eye(2)
-        >>> frechet_distance(mu, sigma, mu + 1, 4 * sigma).item()  # |1|^2 + n (2 - 1)^2
+        >>> round(frechet_distance(mu, sigma, mu + 1, 4 * sigma).item(), 4)  # |1|^2 + n (2 - 1)^2
         4.0
     """
     where = "frechet_distance"

@@ -103,7 +103,7 @@ def interval(order: int, tolerance: float, eps: float, *, inverse: bool) -> tupl
     Example:
         >>> low, high = interval(5, 1e-2, 1e-7, inverse=False)
         >>> round(low, 3), round(high, 1)
-        (0.061, 7.3)
+        (0.061, 4.0)
     """
     low = reach(order, 1, 0.8 * tolerance)
     inverted = quotient(order)[0 if inverse else 1]

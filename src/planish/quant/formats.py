@@ -299,7 +299,7 @@ class FP4(Format):
         scale = torch.where(scale > 0, scale, 2.0**-9) * outer  # smallest e4m3: an all-zero group stays zero
         values = torch.tensor(FP4_VALUES, device=x.device)
         ratio = grouped / scale[..., None]
-        magnitude = torch.bucketize(ratio.abs(), (values[1:] + values[:-1]) / 2)
+        magnitude = torch.bucketize(ratio.abs().contiguous(), (values[1:] + values[:-1]) / 2)
         sign = torch.where((ratio < 0) & (magnitude > 0), 8, 0)
         codes = (magnitude + sign).to(torch.uint8).flatten(-2)
         return QTensor(codes=codes, scale=scale, zero=None, format=self)
