@@ -190,6 +190,12 @@ def test_whatever_does_not_fit_or_is_watched_takes_the_way_of_the_dispatcher():
     with watch:
         assert torch.equal(kernels.w4a16(x, packed, scale, zero, bias, **options), y)
     assert "planish.w4a16.default" in watch.seen
+
+
+@pytest.mark.refuses
+def test_what_does_not_fit_is_refused_on_the_short_way_too():
+    x, packed, scale, zero, bias = problem(12, 3, 40, 64, 32)
+    options = {"bits": 4, "group_size": 32, "activation_bits": 16}
     for wrong in (
         {"x": torch.zeros(3, 50)}, {"bias": torch.zeros(39)}, {"bits": 8}, {"group_size": 0}, {"activation_bits": 12},
         {"x": torch.zeros(())}, {"scale": scale[:-1]}, {"zero": zero.int()},
