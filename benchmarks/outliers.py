@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -76,40 +77,55 @@ def recipes() -> dict[str, Callable[[], object]]:
     }
 
 
-def _scored(
-    name: str, method: object, size: Size, calibration: data.Windows, evaluation: data.Windows, *, fresh: bool
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Quantize and score, or return what an earlier run with the same code, data and settings kept."""
-    import planish  # noqa: PLC0415
+Scored = tuple[dict[str, float], dict[str, Tensor]]
 
-    path = data.language_model()
-    what = {"method": repr(method), "calibration": calibration.fingerprint, "evaluation": evaluation.fingerprint}
-    what |= {"weights": data.fingerprint(path), "sources": subjects._sources(subjects._ours("outliers"))}
+
+def _kept(
+    name: str,
+    what: dict[str, str],
+    windows: tuple[data.Windows, data.Windows],
+    make: Callable[[Path], dict[str, float]],
+    *,
+    fresh: bool,
+) -> Scored:
+    """Return what an earlier run with the same code, data and settings kept, or what `make` writes and says."""
+    what |= {"calibration": windows[0].fingerprint, "evaluation": windows[1].fingerprint}
+    what |= {"weights": data.fingerprint(data.language_model())}
     key = sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
     folder = data.cache_dir() / "benchmarks"
     line_path, score_path = folder / f"outliers-{key}.json", folder / f"outliers-{key}.safetensors"
     if not fresh and line_path.exists() and score_path.exists():
         return json.loads(line_path.read_text())["line"], load_file(score_path)
     logger.info("%s: %s", CASE, name)
-    model = load_model(path)
-    reference = quality.hidden_states(model, evaluation.ids)
-    line = {"seconds": 0.0}
-    if method is not None:
-        start = time.perf_counter()
-        batches = [{"input_ids": ids} for ids in calibration.ids.split(4)]
-        planish.quantize(model, batches, method)
-        line["seconds"] = time.perf_counter() - start
-    start = time.perf_counter()
-    scores = quality.language_scores(model, evaluation.ids, reference)
-    line["scoring"] = time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
     partial = score_path.with_suffix(".partial")
-    save_file(scores, partial)
+    line = make(partial)
     partial.replace(score_path)
     write_json(line_path, {"what": what, "line": line})
-    del model
-    gc.collect()
-    return line, scores
+    return line, load_file(score_path)
+
+
+def _ours(name: str, method: object, calibration: data.Windows, evaluation: data.Windows, *, fresh: bool) -> Scored:
+    """Quantize and score here."""
+    import planish  # noqa: PLC0415
+
+    def make(out: Path) -> dict[str, float]:
+        model = load_model(data.language_model())
+        reference = quality.hidden_states(model, evaluation.ids)
+        line = {"seconds": 0.0}
+        if method is not None:
+            start = time.perf_counter()
+            planish.quantize(model, [{"input_ids": ids} for ids in calibration.ids.split(4)], method)
+            line["seconds"] = time.perf_counter() - start
+        start = time.perf_counter()
+        save_file(quality.language_scores(model, evaluation.ids, reference), out)
+        line["scoring"] = time.perf_counter() - start
+        del model
+        gc.collect()
+        return line
+
+    what = {"method": repr(method), "sources": subjects._sources(subjects._ours("outliers"))}
+    return _kept(name, what, (calibration, evaluation), make, fresh=fresh)
 
 
 RIVALS = {
@@ -121,35 +137,25 @@ RIVALS = {
 """Names of rows to methods of `benchmarks.rivals.rotated`."""
 
 
-def _rival(
-    name: str, calibration: data.Windows, evaluation: data.Windows, *, fresh: bool
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Let a rival quantize and score itself in its own environment, or return what is kept of that.
+def _rival(name: str, calibration: data.Windows, evaluation: data.Windows, *, fresh: bool) -> Scored:
+    """Let a rival quantize and score itself in its own environment.
 
     Raises:
         RuntimeError: It failed.
     """
-    path = data.language_model()
     driver = subjects.Subject("benchmarks.rivals.rotated", RIVALS[name])
-    what = {"method": RIVALS[name], "calibration": calibration.fingerprint, "evaluation": evaluation.fingerprint}
-    what |= {"weights": data.fingerprint(path), "sources": subjects._sources(driver)}
-    key = sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-    folder = data.cache_dir() / "benchmarks"
-    line_path, score_path = folder / f"outliers-{key}.json", folder / f"outliers-{key}.safetensors"
-    if not fresh and line_path.exists() and score_path.exists():
-        return json.loads(line_path.read_text())["line"], load_file(score_path)
-    logger.info("%s: %s", CASE, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens, partial = folder / f"outliers-{key}.tokens", score_path.with_suffix(".partial")
-    save_file({"input_ids": calibration.ids.contiguous(), "evaluation": evaluation.ids.contiguous()}, tokens)
-    options = ("--method", driver.method, "--model", path, "--tokens", tokens, "--out", partial)
-    try:
-        line = subjects.launch(driver, options, about=CASE)
-    finally:
-        tokens.unlink(missing_ok=True)
-    partial.replace(score_path)
-    write_json(line_path, {"what": what, "line": line})
-    return line, load_file(score_path)
+
+    def make(out: Path) -> dict[str, float]:
+        tokens = out.with_suffix(".tokens")
+        save_file({"input_ids": calibration.ids.contiguous(), "evaluation": evaluation.ids.contiguous()}, tokens)
+        options = ("--method", driver.method, "--model", data.language_model(), "--tokens", tokens, "--out", out)
+        try:
+            return subjects.launch(driver, options, about=CASE)
+        finally:
+            tokens.unlink(missing_ok=True)
+
+    what = {"method": driver.method, "sources": subjects._sources(driver)}
+    return _kept(name, what, (calibration, evaluation), make, fresh=fresh)
 
 
 def rows(
@@ -184,7 +190,7 @@ def rows(
     for name in (*methods, *rivals):
         try:
             if name in methods:
-                line, scores = _scored(name, methods[name], size, calibration, evaluation, fresh=fresh)
+                line, scores = _ours(name, methods[name], calibration, evaluation, fresh=fresh)
             else:
                 line, scores = _rival(name, calibration, evaluation, fresh=fresh)
         except RuntimeError as error:  # one that fails is told of, and does not lose the others' hours
