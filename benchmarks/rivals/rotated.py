@@ -2,7 +2,8 @@
 
 What they compute is not in their weights alone, so they are scored in their own process: per window of the evaluation
 text, beside the float model. One scale a row of the weight and a token, asymmetric, 4 bits, as all others in
-`benchmarks.outliers`. llm-compressor's SpinQuant turns by fixed matrices, it does not learn them.
+`benchmarks.outliers`. llm-compressor's SpinQuant turns by fixed matrices, it does not learn them; AutoRound turns in
+blocks of 64, as it has no Hadamard matrix for whole rows of 576.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def auto_round(model: nn.Module, tokens: Tensor, directory: Path) -> nn.Module:
         act_sym=False,
         act_dynamic=True,
         act_data_type="int",
-        rotation_config={"backend": "inplace"},
+        rotation_config={"backend": "inplace", "hadamard_type": "inplace_hadamard", "block_size": 64},
         alg_configs=RTNConfig(),
         dataset=list(tokens.split(4)),
         seqlen=tokens.shape[1],

@@ -114,7 +114,7 @@ def test_crash_at_every_step_of_writing(tmp_path, monkeypatch):
         assert not list(path.glob(".*"))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 @pytest.mark.parametrize("method", ["smooth", "search"])
 def test_killed_at_random_moments(tmp_path, method, kills):
     """SIGKILL; then the same command again: every file of the output is what an uninterrupted run writes."""
@@ -129,8 +129,8 @@ def test_killed_at_random_moments(tmp_path, method, kills):
     assert told["repeatable"]
     assert all(run["identical"] for run in told["runs"])
     assert not any(run["half"] for run in told["runs"])
-    if kills >= 10:  # most of them must have hit a run at work
-        assert sum(run["killed"] for run in told["runs"]) >= 7
+    if kills >= 20:  # most of them must have hit a run at work
+        assert sum(run["killed"] for run in told["runs"]) >= 14
         assert any(run["blocks"] or run["searching"] for run in told["runs"])
 
 
