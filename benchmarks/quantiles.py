@@ -42,8 +42,7 @@ RIVALS: dict[str, Callable[[Array, Array, Array, int], Array]] = {
     "kernel regression": rivals.kernel,
 }
 TEST_ROWS = 2000
-DRAWS, FEW = 3, 1
-NETWORKS_IN_FULL = (OURS, "planish, hard")
+DRAWS = 3
 Found = dict[str, float]
 logger = logging.getLogger("benchmarks")
 
@@ -108,11 +107,6 @@ def _kept(key: str, make: Callable[[], Found], fresh: bool) -> Found:
     return found
 
 
-def _draws(name: str, quick: bool) -> int:
-    """Return how many draws or splits a method gets: variants, which no rival is compared with, have fewer."""
-    return 1 if quick else DRAWS if name in RIVALS or name in NETWORKS_IN_FULL else FEW
-
-
 UNITS = {"L1": "", "L2": "", "pinball": "of the target's deviation", "coverage": "", "crossings": "", "time": "s"}
 
 
@@ -130,7 +124,7 @@ def _rows(case: str, found: dict[str, list[Found]], metric: str, note: str) -> I
     for name, runs in found.items():
         for key in runs[0]:
             value = float(np.mean([run[key] for run in runs]))
-            yield Row(case, name, key, value, UNITS[key], note=f"mean of {len(runs)} {note}" if key == metric else "")
+            yield Row(case, name, key, value, UNITS[key], note=f"Means of {len(runs)} {note}." if key == metric else "")
     entered = [name for name in RIVALS if name in found]
     if OURS not in found or not entered:
         return
@@ -178,7 +172,7 @@ def rows(
                 logger.info("%s: %s", case, name)
                 found[name] = [
                     _kept(f"{case}, {seed}, {name}, {quick}", partial(_on_law, law, n, seed, name, quick), fresh)
-                    for seed in range(_draws(name, quick))
+                    for seed in range(1 if quick else DRAWS)
                 ]
             yield from _rows(case, found, "L1", f"draws of {n} rows")
         for table, X, y in tables(skipped):
@@ -187,7 +181,7 @@ def rows(
                 logger.info("%s: %s", table, name)
                 found[name] = [
                     _kept(f"{table}, {seed}, {name}, {quick}", partial(_on_table, X, y, seed, name, quick), fresh)
-                    for seed in range(_draws(name, quick))
+                    for seed in range(1 if quick else DRAWS)
                 ]
             yield from _rows(f"{table}, n = {len(y) - len(y) // 5}", found, "pinball", "splits")
             if quick:
