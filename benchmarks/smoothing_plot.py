@@ -40,14 +40,21 @@ def main() -> None:
     left.axhline(abs(bias["value"]), color=RIVAL, lw=1.2, label="PaRIS, 200 particles, 95 %")
     left.set(yscale="log", xlabel="sweep", ylabel="size of the bias", xticks=sweeps, ylim=(0.1, None))
     left.legend(frameon=False, fontsize=8)
+    lines: dict[str, list[tuple[float, float, str]]] = {}
     for name in names:
-        x, y = abs(table[name, "bias"]["value"]), table[name, "standard deviation"]["value"]
-        colour = OURS if name.startswith("PPG") else RIVAL if name == one else GREY
-        right.plot(x, y, "o", color=colour)
-        said = name.split(":")[0].replace(", first pass + ", ", ").replace("PPG, ", "").replace(" sweeps", "+1 passes")
-        right.annotate(said, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
-    right.set(xlabel="size of the bias", ylabel="standard deviation", xscale="log")
-    right.margins(x=0.35, y=0.12)
+        kind, _, burn_in = name.split(":")[0].replace(", first pass + ", ", 1 + ").partition(", burn-in ")
+        point = abs(table[name, "bias"]["value"]), table[name, "standard deviation"]["value"]
+        lines.setdefault(kind, []).append((*point, burn_in))
+    shades = iter((OURS, "#61a5c2", "#012a4a"))
+    for kind, points in lines.items():
+        colour = next(shades) if kind.startswith("PPG") else RIVAL if kind == one else GREY
+        right.plot(*zip(*[(x, y) for x, y, _ in points], strict=True), "o-", ms=4, lw=1, color=colour, label=kind)
+        for x, y, burn_in in points:
+            if burn_in not in ("", "0"):
+                right.annotate(burn_in, (x, y), xytext=(5, 2), textcoords="offset points", fontsize=7, color=colour)
+    right.set(xlabel="size of the bias (numbers: sweeps of burn-in)", ylabel="standard deviation", xscale="log")
+    right.margins(x=0.1, y=0.12)
+    right.legend(frameon=False, fontsize=7, loc="lower left")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(TARGET, metadata={"Date": None})
