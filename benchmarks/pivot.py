@@ -53,3 +53,34 @@ def pivot(run: Mapping[str, Any], benchmark: str) -> str:
     skipped = [f"Not run: {name}: {why}." for name, why in run["skipped"].items()]
     where = f"{run['machine']['cpu']}, {run['date']}; made by `{command_of(benchmark)}`."
     return "\n".join(parts) + "\n" + " ".join([*notes, *skipped, where]) + "\n"
+
+
+def contest(run: Mapping[str, Any], ours: Mapping[str, str]) -> str:
+    """Return a table with a line a case: our times and share of the memory's rate, and how the fastest rival does.
+
+    Args:
+        run: What `benchmarks.harness.save` wrote; speed-ups are rows in "times", against every rival.
+        ours: Our subjects, by what their columns are called.
+    """
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in run["rows"]):
+        rows = [row for row in run["rows"] if row["case"] == case]
+        line = [case]
+        for subject in ours.values():
+            found = {row["metric"]: row["value"] for row in rows if row["subject"] == subject and not row["baseline"]}
+            share = [
+                r["value"] for r in rows if r["subject"] == subject and r["metric"] == "share of the memory's rate"
+            ]
+            ahead = {r["baseline"]: r["value"] for r in rows if r["subject"] == subject and r["unit"] == "times"}
+            rival = min(ahead, key=ahead.__getitem__)
+            line += [f"{number(found['median'])} ms", f"{share[0]:.2f}" if share else "-"]
+            line += [f"{number(ahead[rival])} x {rival}"]
+        lines.append(line)
+    columns = [
+        f"{name}{what}" for name in ours for what in (", median", ", share of a plain read", ", against the fastest")
+    ]
+    head = [["", *columns], ["---", *("---:" for _ in columns)]]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in (*head, *lines))
+    skipped = "".join(f" Not run: {name}: {why}." for name, why in run["skipped"].items())
+    where = f"{run['machine']['cpu']}, {run['date']}; made by `{command_of(run['benchmark'])}`."
+    return f"{body}\n\nMedians over rounds of taking turns. {where}{skipped}\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.pivot import command_of, pivot
+from benchmarks.pivot import command_of, contest, pivot
 from benchmarks.subjects import SUBJECTS
 
 HEADLINE = "SmolLM2-135M, 4 bits, groups of 64"
@@ -330,6 +330,13 @@ def rows(results: Results, benchmark: str) -> str:
     return _unmeasured(benchmark) if run is None else pivot(run, benchmark)
 
 
+def kernels(results: Results) -> str:
+    """Make the table of single products."""
+    run = results.newest("kernels")
+    ours = {f"{bits} bits": f"planish, {bits}-bit activations" for bits in (16, 8)}
+    return _unmeasured("kernels") if run is None else contest(run, ours)
+
+
 def render(name: str, results: Results) -> str:
     """Return the table of a marker.
 
@@ -343,6 +350,7 @@ def render(name: str, results: Results) -> str:
         "cost": lambda: cost(results),
         "search": lambda: search(results),
         "decode": lambda: "\n".join(decode(results, name) for name in ("decode", "decode_large")),
+        "kernels": lambda: kernels(results),
         "calibration": lambda: calibration(results),
         "tune": lambda: tune(results),
         "claims": lambda: claims(results, rest),
