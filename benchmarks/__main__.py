@@ -43,6 +43,7 @@ NAMES = (
     "decode_large",
 )
 SUITES = {
+    ("diffusion", "terrain"): "terrain",
     ("quant", "bytes"): "branches",
     ("quant", "outliers"): "outliers",
     ("quant", "ragged"): "ragged",

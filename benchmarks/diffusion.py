@@ -38,7 +38,7 @@ T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t at 97.5
 def nearest(bits: int, act_bits: int, group_size: int | None, *, convolutions: tuple[int, int] = (8, 8)) -> Method:
     """Round to nearest without zero points, one scale a row and token or a group of them."""
     weight = Affine(bits, group_size, symmetric=True, ragged=True)
-    method = replace(rtn(), weight=weight, act=replace(weight, bits=act_bits))
+    method = replace(rtn(), weight=weight, act=replace(weight, bits=act_bits, scale_dtype="float32"))
     return whole(method, bits=convolutions[0], act_bits=convolutions[1])
 
 
@@ -202,11 +202,14 @@ def rows(
             if subject in ONLY and (key != "unet" or planted not in ONLY[subject]):
                 continue
             found = piece(key, planted, subject, 2, quick=True) if quick else kept(key, planted, subject, fresh=fresh)
-            yield from _shown(case, subject, found)
+            yield from shown(case, subject, found, SHOWN)
 
 
-def _shown(case: str, subject: str, found: dict[str, list[float]]) -> Iterator[Row]:
-    for metric, (label, unit) in SHOWN.items():
+def shown(
+    case: str, subject: str, found: dict[str, list[float]], labels: dict[str, tuple[str, str]]
+) -> Iterator[Row]:  # fmt: skip
+    """Yield the means of what was found, with their intervals."""
+    for metric, (label, unit) in labels.items():
         values = found.get(metric)
         if not values or (subject == "float" and metric == "psnr"):
             continue

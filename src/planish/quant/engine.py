@@ -23,6 +23,7 @@ from planish.quant.formats import Affine, Format, Weight
 from planish.quant.layers import QLinear
 from planish.quant.moments import measure
 from planish.quant.parts import Segments, in_place_of
+from planish.quant.paused import pausing
 from planish.quant.precision import Dense, restore, round_off
 from planish.quant.record import Record
 from planish.quant.report import BlockReport, Report
@@ -207,26 +208,27 @@ def process(block: Block, sites: list[Site], method: Method, *, trial: bool = Fa
     Returns:
         For each site that a transform was meant for, whether it was folded.
     """
-    folded: dict[str, bool] = {}
     sites = [site for site in sites if method.convolutions or not site.convolution]
-    for site in sites:  # 1. smooth: exact
-        transform = fold.wanted(site, method)
-        if transform is not None:
-            folded[site.kind] = fold.apply(block, transform, site, online=method.of(site.convolution).online)
-    if any(getattr(step, "sees_clean", False) for step in (method.round, method.refine)):
-        block.twin = Block(
-            block.name, copy.deepcopy(block.module), block.clean or block.inputs, block.clean_context or block.context,
-            block.keep, block.first, block.device,
-        )  # fmt: skip
-    for site in sites:  # 2. round: lossy
-        own = method.of(site.convolution)
-        step = Nearest() if site.unseen else own.round
-        exact = own.act is None and site.online is None and method.refine is no_refine
-        if trial and isinstance(step, Nearest) and exact:
-            for name, weight in step.values(site, own).items():
-                set_weight(site.consumers[name], weight)
-        else:
-            place(block, step(site, own))
+    folded: dict[str, bool] = {}
+    with pausing(block):
+        for site in sites:  # 1. smooth: exact
+            transform = fold.wanted(site, method)
+            if transform is not None:
+                folded[site.kind] = fold.apply(block, transform, site, online=method.of(site.convolution).online)
+        if any(getattr(step, "sees_clean", False) for step in (method.round, method.refine)):
+            block.twin = Block(
+                block.name, copy.deepcopy(block.module), block.clean or block.inputs,
+                block.clean_context or block.context, block.keep, block.first, block.device,
+            )  # fmt: skip
+        for site in sites:  # 2. round: lossy
+            own = method.of(site.convolution)
+            step = Nearest() if site.unseen else own.round
+            exact = own.act is None and site.online is None and method.refine is no_refine
+            if trial and isinstance(step, Nearest) and exact:
+                for name, weight in step.values(site, own).items():
+                    set_weight(site.consumers[name], weight)
+            else:
+                place(block, step(site, own))
     method.refine(block, method)  # 3. refine
     block.twin = None
     return folded

@@ -67,11 +67,8 @@ def watching(site: "Site", take: Any, keep: list[Tensor | None]) -> Iterator[Non
     masked = not site.split or site.whole is not None
 
     def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = patches(_module, args[0]) if is_conv(_module) else args[0]  # type: ignore[arg-type]
         turn["batch"] += 1
-        mask = keep[turn["batch"]] if masked and turn["batch"] < len(keep) else None
-        rows = kept(x, mask)
-        take(rows if rows.dtype == torch.float64 else rows.float())
+        take(_tokens(_module, args[0], keep[turn["batch"]] if masked and turn["batch"] < len(keep) else None))
 
     handles = [modules[name].register_forward_pre_hook(look) for name in watched]
     try:
@@ -79,6 +76,12 @@ def watching(site: "Site", take: Any, keep: list[Tensor | None]) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tokens(module: nn.Module, x: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens channels"]:
+    """Return the tokens in a layer's input, for a convolution what lies under its kernel, in at least float32."""
+    rows = kept(patches(module, x) if is_conv(module) else x, mask)  # type: ignore[arg-type]
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 @contextmanager
@@ -183,6 +186,11 @@ def _outer(a: Float[Tensor, "tokens channels"], b: Float[Tensor, "tokens channel
 
 def entering(block: Block, site: "Site") -> Iterator[Float[Tensor, "tokens channels"]]:
     """Yield, batch by batch, the tokens that enter a site; what follows the site is not run."""
+    if block.paused is not None and not site.split:
+        first = next(iter(site.consumers))
+        for x, mask in zip(block.paused.entering(first), block.keep, strict=True):
+            yield _tokens(site.consumers[first], x, mask)
+        return
     seen: list[Tensor] = []
 
     def take(x: Tensor) -> None:

@@ -116,11 +116,13 @@ def joined(parts: list[Places]) -> Places:
 
 def images(site: "Site") -> Iterator[Float[Tensor, "n c h w"]]:
     """Yield what enters a convolution, batch by batch, with the block as it stands now."""
+    if site.block.paused is not None:
+        yield from map(_batch, site.block.paused.entering(next(iter(site.consumers))))
+        return
     seen: list[Tensor] = []
 
     def take(_m: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0] if args[0].ndim == 4 else args[0][None]
-        seen.append(x if x.dtype == torch.float64 else x.float())
+        seen.append(_batch(args[0]))
         raise SeenError
 
     handle = next(iter(site.consumers.values())).register_forward_pre_hook(take)
@@ -132,6 +134,12 @@ def images(site: "Site") -> Iterator[Float[Tensor, "n c h w"]]:
                 yield seen.pop()
     finally:
         handle.remove()
+
+
+def _batch(x: Tensor) -> Float[Tensor, "n c h w"]:
+    """Return pictures as a batch, in at least float32."""
+    x = x if x.ndim == 4 else x[None]
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def places_in(site: "Site", count: int) -> Iterator[Places]:

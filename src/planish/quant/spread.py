@@ -19,6 +19,7 @@ from planish.quant import fold
 from planish.quant.engine import Method, Walk
 from planish.quant.low_rank import LowRank, Problem, moments, rounded_values
 from planish.quant.moments import measure
+from planish.quant.paused import pausing
 from planish.quant.precision import linear
 from planish.quant.rounding import act_of
 from planish.quant.sites import Site, rebind
@@ -86,20 +87,29 @@ class SpreadRanks:
                         block.name, copy.deepcopy(block.module), block.inputs, block.context, block.keep, block.first,
                         block.device, stored=block.stored,
                     )  # fmt: skip
-                    for site in [rebind(s, twin) for s in sites]:
-                        if site.unseen or not isinstance(method.of(site.convolution).round, LowRank):
-                            continue
-                        transform = fold.wanted(site, plain)
-                        if transform is not None:
-                            fold.apply(twin, transform, site, online=method.online)
-                        weights = list(site.weights.values())
-                        # every layer's file holds the site's one down-projection
-                        price = step.stored(site).itemsize * sum(w.shape[0] + w.shape[1] for w in weights)
-                        found.append((site.name, _gains(site, plain.of(site.convolution), step), price))
+                    with pausing(twin):
+                        found += self._of_block(twin, [rebind(s, twin) for s in sites], plain, step)
                 walk.progress("ranks", index + 1, len(stream.modules))
             done.append((stream, hidden))
             if stream.whole:
                 break
+        return found
+
+    @staticmethod
+    def _of_block(twin: Block, sites: list[Site], plain: Method, step: LowRank) -> list[tuple[str, Tensor, int]]:
+        """Return the same of one block, whose transforms are applied."""
+        found = []
+        for site in sites:
+            own = plain.of(site.convolution)
+            if site.unseen or not isinstance(own.round, LowRank):
+                continue
+            transform = fold.wanted(site, plain)
+            if transform is not None:
+                fold.apply(twin, transform, site, online=plain.online)
+            weights = list(site.weights.values())
+            # every layer's file holds the site's one down-projection
+            price = step.stored(site).itemsize * sum(w.shape[0] + w.shape[1] for w in weights)
+            found.append((site.name, _gains(site, own, step), price))
         return found
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from planish.quant.calls import by_name, equal, first_parameter, moved_to, rows,
 from planish.quant.heads import before_head
 from planish.quant.precision import restore, widen
 from planish.quant.stacks import find_blocks, find_stacks
+
+if TYPE_CHECKING:
+    from planish.quant.paused import PausedRuns
 
 
 @runtime_checkable
@@ -50,6 +53,7 @@ class Block:
         notes: What steps have to say of layers, by name, for the report (JSON-able).
         clean: What enters it in the float model, where `inputs` are those of the quantized one.
         clean_context: The other arguments in the float model: a decoder's hold what its encoder made.
+        paused: Runs of a block that is a whole model, which wait at the layer being worked on; see `paused.py`.
         twin: The block as it was before anything was rounded, with the float model's inputs; None unless a rounding
             or refining step asks (`sees_clean`) what the float model would have seen.
     """
@@ -67,6 +71,7 @@ class Block:
     clean: list[Any] = field(default_factory=list)
     clean_context: list[dict[str, Any]] = field(default_factory=list)
     twin: "Block | None" = None
+    paused: "PausedRuns | None" = None
 
     def run(self, inputs: list[Any] | None = None) -> Iterator[Tensor]:
         """Yield the block's output for each batch, on `inputs` instead of its own where they are given."""

@@ -370,5 +370,5 @@ def evol_q(
         'fixed'
     """
     grid = Affine(bits, group_size, symmetric, ragged, scale_dtype)
-    act = None if act_bits is None else Affine(act_bits, None)
+    act = None if act_bits is None else Affine(act_bits, None, scale_dtype="float32")
     return Method("evol-q", grid, act, round=ClipWeight(), refine=refine or Evolve(), convolutions=True)

@@ -337,7 +337,7 @@ def svdquant(
         group_size: Channels that share a scale, in weights and activations; None for one a row. Default 64.
         symmetric: No zero points in the weights (activations never have any unless they are shifted). Default True.
         ragged: Allow a shorter last group.
-        scale_dtype: See `planish.quant.Affine`.
+        scale_dtype: Of weights; see `planish.quant.Affine`.
         precision: "int" (default), or "fp4" for four-bit floats in weights and activations, with a scale of eight bits
             for every 16 channels; the arguments above are then not read, nor is the number in `act_bits`.
         act_bits: Bits of an activation; None keeps activations in float. Default 4.
@@ -376,7 +376,8 @@ def svdquant(
     if convolutions == "image" and precision == "fp4":
         raise bad("svdquant", "convolutions", "'pixel' with four-bit floats, whose groups are fixed", convolutions)
     weight: Weight = Affine(bits, group_size, symmetric, ragged, scale_dtype)
-    act: Format | None = None if act_bits is None else Affine(act_bits, group_size, True, ragged, scale_dtype)
+    # Scales of activations are never stored, and published U-Nets hold values that float16 scales do not reach.
+    act: Format | None = None if act_bits is None else Affine(act_bits, group_size, True, ragged, "float32")
     if precision == "fp4":
         weight, act = FP4(), None if act_bits is None else FP4()
     step = LowRank(rank, inner or Nearest(), weigh, iterations, dtype=dtype, correct=correct, last=last)
