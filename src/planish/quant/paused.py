@@ -201,7 +201,7 @@ def _hooked(module: nn.Module, given: Arguments) -> Tensor:
     args, kwargs = given
     for key, hook in module._forward_pre_hooks.items():
         if key in module._forward_pre_hooks_with_kwargs:
-            args, kwargs = hook(module, args, kwargs) or (args, kwargs)  # type: ignore[misc, assignment]
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
         else:
             changed = hook(module, args)
             args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
