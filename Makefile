@@ -67,7 +67,7 @@ sanitize: .venv/dev-ok
 	$(PY) $(SITE) > "$$(build/sanitize/venv/bin/python $(SITE))/dependencies.pth"
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-		PYTHONPATH=build/sanitize/src build/sanitize/venv/bin/python -m pytest -q -p no:cacheprovider $(SANITIZED)
+		PYTHONPATH=build/sanitize/src build/sanitize/venv/bin/python -m pytest -q -p no:cacheprovider --timeout=1800 $(SANITIZED)
 
 .venv/torch: constraints.txt   # torch first, alone: whatever needs it then finds this build, not another
 	$(PYTHON) -m venv .venv
