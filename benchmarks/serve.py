@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import IO
@@ -91,6 +92,9 @@ def engines() -> dict[str, Engine]:
         BASELINE: Engine("vllm_engine.py", vllm, floats, "bfloat16", stock),
         "vllm's own int4": Engine("vllm_engine.py", vllm, small, "bfloat16", stock),
         OURS: Engine("vllm_engine.py", vllm, small, "bfloat16"),
+        f"{OURS}, 8-bit activations": Engine(
+            "vllm_engine.py", vllm, small, "bfloat16", (("PLANISH_ACTIVATION_BITS", "8"),)
+        ),
     }
     return made if MASKED else made | {"llama.cpp Q4_1": Engine("llama_server.py", llama, gguf)}
 
@@ -114,7 +118,7 @@ def rows(
     wanted = {
         name: engine
         for name, engine in engines().items()
-        if against is None or name in (BASELINE, OURS) or any(part in name for part in against)
+        if against is None or name == BASELINE or name.startswith(OURS) or any(part in name for part in against)
     }
     contexts, at_once, tokens, rounds = (CONTEXTS, AT_ONCE, TOKENS, ROUNDS)
     if quick:
@@ -159,7 +163,8 @@ def _case(context: int, together: int, tokens: int, found: dict[str, list[dict[s
     for name in found:
         for metric, unit, values in units:
             yield Row(case, name, metric, median(values[name]), unit, note=f"SmolLM2-135M, {cores()} cores")
-    for name in [n for n in found if n != OURS] if OURS in found else ():
+    rivals = [name for name in found if not name.startswith(OURS)]
+    for mine, name in product([name for name in found if name.startswith(OURS)], rivals):
         for metric, values in (("throughput", speed), ("latency", wait)):
-            ratio = median(a / b for a, b in zip(values[OURS], values[name], strict=True))
-            yield Row(case, OURS, metric, ratio, "x", baseline=name)
+            ratio = median(a / b for a, b in zip(values[mine], values[name], strict=True))
+            yield Row(case, mine, metric, ratio, "x", baseline=name)

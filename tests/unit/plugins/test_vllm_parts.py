@@ -125,3 +125,19 @@ def test_without_vllm_the_plugin_does_nothing(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     vllm.register()
+
+
+@pytest.mark.parametrize(("value", "bits"), [(None, 16), ("16", 16), ("8", 8)])
+def test_activations_are_rounded_as_the_environment_says(monkeypatch, value, bits):
+    monkeypatch.delenv("PLANISH_ACTIVATION_BITS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("PLANISH_ACTIVATION_BITS", value)
+    made = torch.nn.Sequential(layer(), layer())
+    parts.set_activation_bits(made)
+    assert [part.activation_bits for part in made] == [bits, bits]
+
+
+def test_another_width_of_activations_is_refused(monkeypatch):
+    monkeypatch.setenv("PLANISH_ACTIVATION_BITS", "4")
+    with pytest.raises(ValueError, match="`PLANISH_ACTIVATION_BITS` must be 8 or 16; got '4'"):
+        parts.set_activation_bits(layer())

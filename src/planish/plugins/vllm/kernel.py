@@ -69,6 +69,7 @@ class PlanishLinearKernel(_kernels.MPLinearKernel):  # type: ignore[misc, name-d
         if config.zero_points:
             zero = getattr(layer, self.w_zp_name)
             quantized.weight_zero_point = _rows_first(zero, 1 - zero.output_dim)
+        parts.set_activation_bits(quantized)
         layer.quantized = quantized
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if name is not None and getattr(layer, name, None) is not None:

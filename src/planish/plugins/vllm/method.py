@@ -219,6 +219,7 @@ class PlanishLinearMethod(_linear.LinearMethodBase):  # type: ignore[misc, name-
                 if state.complete():
                     ordered = [state.made.pop(where) for where in sorted(state.made)]
                     layer.quantized = parts.join(ordered)
+                    parts.set_activation_bits(layer.quantized)
 
         return load
 

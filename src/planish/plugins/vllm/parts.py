@@ -6,6 +6,7 @@ the merged ones, inputs of those that follow. Codes are cut as they are, nothing
 Legend: O outputs, I inputs, r rank of a float branch.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -243,3 +244,20 @@ def run(layer: nn.Module, x: Tensor) -> Tensor:
         return made.to(x.dtype)
     made = layer(x)
     return made
+
+
+def set_activation_bits(layer: nn.Module) -> None:
+    """Let kernels round float activations as PLANISH_ACTIVATION_BITS says: 16 (where it is not set) or 8.
+
+    Args:
+        layer: A layer; all `QLinear` in it are set.
+
+    Raises:
+        ValueError: The variable holds something else.
+    """
+    value = os.environ.get("PLANISH_ACTIVATION_BITS", "16")
+    if value not in ("8", "16"):
+        raise bad("vLLM plug-in", "PLANISH_ACTIVATION_BITS", "8 or 16", value)
+    for module in layer.modules():
+        if isinstance(module, QLinear):
+            module.activation_bits = int(value)
