@@ -77,7 +77,7 @@ def preset(**settings):
 
 
 def nearest():
-    return replace(rtn(group_size=GROUP, symmetric=True), act=Affine(4, GROUP, True))
+    return replace(rtn(group_size=GROUP, symmetric=True), act=Affine(4, GROUP, True, scale_dtype="float32"))
 
 
 @pytest.mark.claim("svdquant", "W4A4: branch and smoothing beat smoothing alone")
@@ -132,7 +132,7 @@ def test_without_branch_and_smoothing_it_is_rounding_to_nearest(act):
     """Bit for bit: the same codes and scales, and the same answers."""
     ours, theirs = net(1), net(1)
     quantize(ours, BATCHES, preset(rank=0, smooth=None, unsigned=False, act_bits=act))
-    quantize(theirs, BATCHES, replace(nearest(), act=None if act is None else Affine(4, GROUP, True)))
+    quantize(theirs, BATCHES, replace(nearest(), act=None if act is None else nearest().act))
     left, right = ours.state_dict(), theirs.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     assert torch.equal(ours(HELD_OUT), theirs(HELD_OUT))

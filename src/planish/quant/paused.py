@@ -8,7 +8,7 @@ at once. A run is begun anew where it would tell something old: a layer behind i
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,9 +42,8 @@ class _Run:
         block, number = self._work
         _HERE.run = self
         try:
-            block.call(block.inputs[number], block.context[number])
-        except _LeftError:
-            pass
+            with suppress(_LeftError):
+                block.call(block.inputs[number], block.context[number])
         except BaseException as error:  # the owner raises it
             self._error = error
         self.ended = True
