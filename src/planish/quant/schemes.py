@@ -175,10 +175,14 @@ def _empty_linear(name: str, entry: object) -> QLinear:
         layer.lora_up = torch.zeros(entry["out"], total, dtype=lora_dtype, device="meta")
     if bias is not None:
         layer.bias = torch.zeros(entry["out"], dtype=SCALE_DTYPES[bias], device="meta")
+    channels = entry.get("channels", entry["in"])
+    fault = CheckpointError(f"quantization_config, `{name}`: channels of the layer are damaged.", "unsupported")
+    if not isinstance(channels, int) or not _count(channels):
+        raise fault
     if entry.get("transform") is not None:
-        layer.transform = _empty_transform(name, entry["transform"], cast(int, entry.get("channels", entry["in"])))
-    if "channels" in entry and not (_count(entry["channels"]) and isinstance(layer.transform, Scale)):
-        raise CheckpointError(f"quantization_config, `{name}`: channels of the layer are damaged.", "unsupported")
+        layer.transform = _empty_transform(name, entry["transform"], channels)
+    if "channels" in entry and not isinstance(layer.transform, Scale):
+        raise fault
     return layer
 
 
